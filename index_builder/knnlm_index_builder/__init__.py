@@ -1,0 +1,1 @@
+"""Builds datastores: corpus -> tokens -> keys and values -> index -> manifest."""

@@ -1,0 +1,49 @@
+"""kNN language models: p = λ·p_kNN + (1-λ)·p_LM (Khandelwal et al., 2020), as a library.
+
+Names are imported when they are first used, so that importing a torch-free part (the client, the errors) stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+__version__ = version("knnlm")
+
+if TYPE_CHECKING:
+    from knnlm.datastore.reader import Datastore
+    from knnlm.evaluation.compare import Comparison, compare
+    from knnlm.knn_lm import KNNLanguageModel, Mixture
+    from knnlm.model import HFLanguageModel
+    from knnlm.opening import open_knn_lm
+    from knnlm.sampling import SamplingParams
+
+_HOMES = {
+    "Comparison": "knnlm.evaluation.compare",
+    "Datastore": "knnlm.datastore.reader",
+    "HFLanguageModel": "knnlm.model",
+    "KNNLanguageModel": "knnlm.knn_lm",
+    "Mixture": "knnlm.knn_lm",
+    "SamplingParams": "knnlm.sampling",
+    "compare": "knnlm.evaluation.compare",
+    "open_knn_lm": "knnlm.opening",
+}
+
+__all__ = [
+    "Comparison",
+    "Datastore",
+    "HFLanguageModel",
+    "KNNLanguageModel",
+    "Mixture",
+    "SamplingParams",
+    "__version__",
+    "compare",
+    "open_knn_lm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'knnlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,172 @@
+"""The command ``knnlm``. Subcommands of other packages are found by entry point, so the library imports no sibling."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from knnlm import __version__
+from knnlm.errors import InvalidInput, KNNLMError
+
+COMMANDS = "knnlm.commands"
+
+app = typer.Typer(
+    name="knnlm",
+    help="Retrieval-augmented language models: p = λ·p_kNN + (1-λ)·p_LM (Khandelwal et al., 2020).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Store = Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Where the model lies now, if it was moved since the build.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16, float16 or float64.", show_default="as built")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read every file of the store and compare its checksum first.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"knnlm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def compare(
+    store: Store,
+    text: Annotated[list[Path], typer.Option("--text", help="Held-out text: file or folder; may be repeated.", show_default=False)],
+    k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
+    knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="profile or 10")] = None,
+    weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="profile or 0.2")] = None,
+    per_token: Annotated[
+        Path | None, typer.Option("--per-token", help="Write per-token log-probabilities to this .npz file.", show_default=False)
+    ] = None,
+    split_documents: Annotated[
+        str | None, typer.Option(help="Regular expression; a new document begins at each match.", show_default="as built")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)] = 2048,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    verify: Verify = False,
+    json: Json = False,
+) -> None:
+    """Perplexity of the base LM against the kNN-LM, over the same tokens of held-out text.
+
+    Windows, special tokens and key layer are those of the datastore. Standard errors count documents (or blocks of
+    text) as independent, not tokens.
+    """
+    import knnlm.evaluation.report as report
+    from knnlm.console import progress, quiet_transformers
+    from knnlm.corpus import Corpus
+    from knnlm.evaluation.compare import compare as run
+    from knnlm.opening import open_knn_lm
+    from knnlm.tokenized import tokenize
+
+    if per_token is not None and not per_token.parent.is_dir():
+        raise InvalidInput("per_token", f"there is no folder {per_token.parent} to write {per_token.name} into.")
+    quiet_transformers()
+    opened = open_knn_lm(
+        store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    corpus = Corpus(text, split_documents if split_documents is not None else opened.store.manifest.text.split_documents)
+    documents = tokenize(corpus, opened.knn_lm.tokenizer, opened.model.vocabulary_size)
+    with progress() as reporter:
+        held = list(documents)
+        total = sum(len(document.ids) - 1 for document in held)
+        comparison = run(
+            opened.knn_lm, opened.store, held, batch_tokens=batch_size, progress=lambda done: reporter.update("comparing", done, total)
+        )
+    if per_token is not None:
+        report.write_per_token(per_token, comparison.per_token)
+    report.show(opened, comparison, as_json=json, skipped=corpus.skipped)
+
+
+@app.command()
+def inspect(
+    store: Store,
+    entry: Annotated[int | None, typer.Option(help="Show where this entry came from.", show_default=False)] = None,
+    verify: Verify = False,
+    json: Json = False,
+) -> None:
+    """What is in a datastore: model, key layer, entries, documents, index, sizes. Loads no model."""
+    import knnlm.inspection as inspection
+    from knnlm.datastore.reader import Datastore
+
+    opened = Datastore.open(store, verify=verify)
+    if entry is None:
+        inspection.show(opened, as_json=json)
+    else:
+        inspection.show_entry(opened, entry, as_json=json)
+
+
+@app.command()
+def verify(store: Store, json: Json = False) -> None:
+    """Read every file of a datastore and compare it with its checksum; exit status 1 if one is damaged."""
+    import knnlm.inspection as inspection
+
+    raise typer.Exit(inspection.verify(store, as_json=json))
+
+
+def load_commands() -> typer.Typer:
+    """The command with the subcommands of all installed packages."""
+    for found in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
+        module, _, function = found.value.partition(":")
+        getattr(importlib.import_module(module), function)(app)
+    return app
+
+
+def main() -> None:
+    """Run the command; a :class:`KNNLMError` becomes one sentence and exit status 1 (2 for a bad option)."""
+    # Torch and FAISS each have a pool of threads; waiting ones must sleep, or they take the cores from one another.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(run(load_commands()))
+
+
+def run(command: Any, arguments: list[str] | None = None) -> int:
+    """Exit status of the command; 130 if it was interrupted."""
+    try:
+        status = command(args=arguments, standalone_mode=False, prog_name="knnlm")
+    except InvalidInput as error:
+        return _fail(f"{_option(error.field)} {error.problem}", 2)
+    except KNNLMError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}.", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            error.show()  # type: ignore[attr-defined]
+            return int(error.exit_code)
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted.", 130)
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _option(field: str) -> str:
+    return field if "." in field else f"--{field.replace('_', '-')}"
+
+
+def _fail(sentence: str, status: int) -> int:
+    typer.echo(f"error: {sentence}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

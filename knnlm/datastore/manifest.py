@@ -1,0 +1,253 @@
+"""The manifest: every fact about a datastore, in one JSON file that is written last and checks itself.
+
+Knows the format's names and versions, not what lies in the shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+from knnlm.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
+from knnlm.model import KeyLayer, LanguageModel, ModelFingerprint
+from knnlm.windows import Windowing
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BUILD_FOLDER = ".build"
+KNOWN_FEATURES: frozenset[str] = frozenset()
+"""Features a store may require of its reader beyond its format version; this reader knows none yet."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The base LM: where it was loaded from, and what it is. ``dtype``: in what the keys were computed."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str
+    fingerprint: ModelFingerprint
+    vocabulary_size: int
+
+
+@dataclass(frozen=True)
+class KeyFacts:
+    """What a key is: layer, width, and the dtype in which it is stored."""
+
+    layer: KeyLayer
+    dimension: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """How text became tokens.
+
+    ``bos``: auto, yes or no; ``eos``: whether documents end with one; ``bos_id``/``eos_id``: what was added (None:
+    nothing). ``split_documents``: the regular expression that cut files, if any. ``pretokenized``: the input was token
+    ids, so there are no character spans."""
+
+    bos: str
+    eos: bool
+    bos_id: int | None
+    eos_id: int | None
+    split_documents: str | None
+    pretokenized: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    """``entries`` = ``tokens`` - ``documents``: each token but the first of a document is a value once."""
+
+    documents: int
+    tokens: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """A shard holds corpus tokens [token_start, token_start + tokens) and the entries of those that are values."""
+
+    name: str
+    token_start: int
+    tokens: int
+    entry_start: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and xxh3 (128 bits, hexadecimal) of one file."""
+
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All facts of a datastore; :meth:`read` and :meth:`write` it. ``corpus_xxh3``: of the input, by content."""
+
+    knnlm_version: str
+    created: str
+    model: ModelFacts
+    key: KeyFacts
+    text: TextFacts
+    windowing: Windowing
+    counts: Counts
+    shards: list[ShardFacts]
+    documents: str
+    index: str
+    corpus_xxh3: str
+    files: dict[str, FileFacts]
+    format_version: int = FORMAT_VERSION
+    requires: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3 over everything but the time of creation: equal for byte-identical stores."""
+        return _checksum({**asdict(self), "created": ""})
+
+    def write(self, store: Path) -> None:
+        """Write ``manifest.json`` atomically, with a checksum over itself."""
+        write_json_with_checksum(store / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, store: Path) -> Manifest:
+        """Read and check the manifest of the datastore at ``store``.
+
+        Raises :class:`StoreNotFound`, :class:`StoreIncomplete`, :class:`StoreDamaged` or :class:`StoreVersion`.
+        """
+        path = store / MANIFEST
+        if not store.is_dir():
+            raise StoreNotFound(
+                f"There is no datastore at {store}: no such folder. Build one with: knnlm build TEXT --model MODEL --store {store}"
+            )
+        if not path.exists():
+            if (store / BUILD_FOLDER).exists():
+                raise StoreIncomplete(
+                    f"The datastore {store} is incomplete: its build was interrupted. Run the same knnlm build command again."
+                )
+            raise StoreNotFound(f"{store} is no datastore: it holds no {MANIFEST}.")
+        content = read_json_with_checksum(path)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreVersion(
+                f"{path} has format version {version}, but this knnlm reads version {FORMAT_VERSION}; "
+                "use the version that wrote it, or newer."
+            )
+        unknown = sorted(set(content.get("requires", [])) - KNOWN_FEATURES)
+        if unknown:
+            raise StoreVersion(f"{path} requires {', '.join(unknown)}, which this knnlm does not know; use a newer version.")
+        return _parse(cls, content, str(path))
+
+    def require_model(self, model: LanguageModel) -> None:
+        """Raise :class:`StoreMismatch` if ``model`` is not the one that made the keys, naming both sides."""
+        for part in ("configuration", "tokenizer", "weights"):
+            expected, found = getattr(self.model.fingerprint, part), getattr(model.fingerprint, part)
+            if expected != found:
+                raise StoreMismatch(
+                    f"The datastore was built with {self.model.name} ({part} {expected[:12]}), but {model.name} has another "
+                    f"{part} ({found[:12]}). Load the model it was built with (--model PATH if it was moved)."
+                )
+        if self.key.layer != model.key_layer or self.key.dimension != model.key_dimension:
+            raise StoreMismatch(
+                f"The datastore's keys are {_layer(self.key.layer)} of width {self.key.dimension}, "
+                f"but the model gives {_layer(model.key_layer)} of width {model.key_dimension}."
+            )
+
+
+def _layer(layer: KeyLayer) -> str:
+    return f"{layer.kind} ({layer.module})"
+
+
+def write_json_with_checksum(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` and a ``checksum`` over it, atomically: a reader sees the old file or the whole new one."""
+    write_atomically(path, json.dumps({**content, "checksum": _checksum(content)}, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, flush to disk, rename."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_with_checksum(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_json_with_checksum` wrote; raise :class:`StoreDamaged` if it was changed since."""
+    try:
+        content = json.loads(path.read_bytes())
+        found = content.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise StoreDamaged(f"{path} is damaged: it can't be read as JSON with a checksum ({error}).") from error
+    if found != (expected := _checksum(content)):
+        raise StoreDamaged(f"{path} is damaged: its checksum is {found}, but its content gives {expected}.")
+    return typing.cast("dict[str, Any]", content)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and checksum of a file, read in pieces."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            size += len(piece)
+    return FileFacts(size, digest.hexdigest())
+
+
+def _parse(kind: type[T], content: Any, where: str) -> T:
+    """Build a dataclass from JSON, checking every field's presence and type."""
+    if not isinstance(content, dict):
+        raise StoreDamaged(f"{where} is damaged: expected an object for {kind.__name__}, found {type(content).__name__}.")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if missing := sorted(names - set(content)):
+        raise StoreDamaged(f"{where} is damaged: {kind.__name__} lacks {', '.join(missing)}.")
+    return kind(**{name: _value(hints[name], content[name], f"{where}: {name}") for name in names})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast("type[Any]", hint), value, where)
+    if origin is types.UnionType:
+        return None if value is None and type(None) in arguments else _value(arguments[0], value, where)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+    elif origin is list and isinstance(value, list):
+        return [_value(arguments[0], item, where) for item in value]
+    elif origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{where}[{key}]") for key, item in value.items()}
+    elif origin is None and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+        return value
+    raise StoreDamaged(f"{where} is damaged: found {value!r}.")

@@ -1,0 +1,182 @@
+"""Reading a datastore: checked on opening, memory-mapped, from entry to key, value and evidence.
+
+Knows the files of a store; knows no model, no search and no mixing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm.datastore.documents import DocumentRecord, DocumentTable
+from knnlm.datastore.manifest import FileFacts, Manifest, ShardFacts, file_facts
+from knnlm.errors import InvalidInput, StoreDamaged
+
+KEYS, VALUES, TOKENS, SPANS = "keys.npy", "values.npy", "tokens.npy", "spans.npy"
+LEFT_CONTEXT_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where an entry came from.
+
+    ``token_id``: its value. ``characters``: [start, end) of that token in the document's text, and ``line`` counted
+    from 1; both None where the store was built from token ids. ``left_context``: up to 24 token ids before it.
+    """
+
+    entry: int
+    token_id: int
+    document: DocumentRecord
+    characters: tuple[int, int] | None
+    line: int | None
+    left_context: list[int]
+
+
+class ShardedRows:
+    """Rows of several memory-mapped arrays, numbered through. ``gather`` reads any of them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray[Any, Any]], starts: Sequence[int]) -> None:
+        self._tensors = [torch.from_numpy(array) for array in arrays]
+        self._starts = torch.tensor(list(starts), dtype=torch.int64)
+        self.length = int(starts[-1]) + len(arrays[-1])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows by number [m] int64, in that order: [m, …] in the stored dtype."""
+        if len(self._tensors) == 1:
+            return self._tensors[0].index_select(0, rows)
+        shard = torch.searchsorted(self._starts, rows, right=True) - 1
+        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=self._tensors[0].dtype)
+        for number in shard.unique().tolist():
+            chosen = (shard == number).nonzero()[:, 0]
+            out[chosen] = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
+        return out
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop): a view where they lie in one shard."""
+        first = int(torch.searchsorted(self._starts, start, right=True)) - 1
+        offset = start - int(self._starts[first])
+        if stop - int(self._starts[first]) <= len(self._tensors[first]):
+            return self._tensors[first][offset : offset + stop - start]
+        return self.gather(torch.arange(start, stop))
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in pieces of at most ``rows``, none across shards: (number of the first row, piece)."""
+        for start, tensor in zip(self._starts.tolist(), self._tensors, strict=True):
+            for offset in range(0, len(tensor), rows):
+                yield start + offset, tensor[offset : offset + rows]
+
+
+class Datastore:
+    """An open datastore. Use :meth:`open`.
+
+    ``keys`` [entries, dimension] float16 or float32, ``values`` [entries] int32 and ``tokens`` [tokens] int32 are
+    memory-mapped; ``documents`` is the table of where they came from.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.documents = DocumentTable(path / manifest.documents)
+        counts, shards = manifest.counts, manifest.shards
+        if len(self.documents) != counts.documents or int(self.documents.token_counts.sum()) != counts.tokens:
+            raise StoreDamaged(f"{path / manifest.documents} has {len(self.documents)} documents, the manifest {counts.documents}.")
+        entry_starts, token_starts = [s.entry_start for s in shards], [s.token_start for s in shards]
+        key_dtype = np.dtype(manifest.key.dtype)
+        self.keys = ShardedRows(self._arrays(KEYS, key_dtype, lambda s: (s.entries, manifest.key.dimension)), entry_starts)
+        self.values = ShardedRows(self._arrays(VALUES, np.dtype(np.int32), lambda s: (s.entries,)), entry_starts)
+        self.tokens = ShardedRows(self._arrays(TOKENS, np.dtype(np.int32), lambda s: (s.tokens,)), token_starts)
+        self._spans = None
+        if not manifest.text.pretokenized:
+            self._spans = ShardedRows(self._arrays(SPANS, np.dtype(np.uint32), lambda s: (s.tokens, 2)), token_starts)
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Datastore:
+        """Open the datastore at ``path``; with ``verify``, read every file and compare its checksum first.
+
+        Always checked: the manifest, that every file is there with its size, and the small files' checksums. Raises
+        :class:`StoreNotFound`, :class:`StoreIncomplete`, :class:`StoreVersion` or :class:`StoreDamaged`, naming the file.
+        """
+        root = Path(path)
+        manifest = Manifest.read(root)
+        check_files(root, manifest, verify=verify)
+        return cls(root, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.counts.entries
+
+    def evidence(self, entry: int) -> Evidence:
+        """Document, character span, line and left context of an entry, in O(log documents).
+
+        Raises :class:`InvalidInput` for a number that no entry has.
+        """
+        if not 0 <= entry < len(self):
+            raise InvalidInput("entry", f"is {entry}, but the datastore has entries 0 to {len(self) - 1}.")
+        number = self.documents.of_entry(entry)
+        document = self.documents[number]
+        position = self.documents.position_of_entry(entry)
+        start = max(document.token_start, position - LEFT_CONTEXT_TOKENS)
+        characters = line = None
+        if self._spans is not None:
+            first, last = self._spans.slice(position, position + 1)[0].tolist()
+            characters = (first, last)
+            line = int(np.searchsorted(np.asarray(document.line_starts), first, side="right")) or 1
+        return Evidence(
+            entry, int(self.values.slice(entry, entry + 1)[0]), document, characters, line, self.tokens.slice(start, position).tolist()
+        )
+
+    def size_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(facts.bytes for facts in self.manifest.files.values())
+
+    def _arrays(self, name: str, dtype: np.dtype[Any], shape: Callable[[ShardFacts], tuple[int, ...]]) -> list[np.ndarray[Any, Any]]:
+        arrays = []
+        for shard in self.manifest.shards:
+            path = self.path / "shards" / shard.name / name
+            try:
+                # Copy-on-write, so that torch takes it without a warning; nothing ever writes to it.
+                array = np.load(path, mmap_mode="c", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise StoreDamaged(f"{path} is damaged: {error}") from error
+            if array.dtype != dtype or array.shape != shape(shard):
+                raise StoreDamaged(f"{path} is {array.dtype}{list(array.shape)}, but the manifest says {dtype}{list(shape(shard))}.")
+            arrays.append(array)
+        return arrays
+
+
+LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss"})
+
+
+def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
+    """Raise :class:`StoreDamaged` for the first file that is missing or has another size or content.
+
+    Without ``verify``, the content of the large files (keys, values, tokens, spans, codes) is not read.
+    """
+    for name, expected in manifest.files.items():
+        _check_file(root / name, expected, content=verify or Path(name).name not in LARGE_FILES)
+
+
+def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
+    """One sentence for each file that is missing, has another size, or another content than the manifest says."""
+    for name, expected in manifest.files.items():
+        try:
+            _check_file(root / name, expected, content=True)
+        except StoreDamaged as damage:
+            yield str(damage)
+
+
+def _check_file(path: Path, expected: FileFacts, *, content: bool) -> None:
+    if not path.is_file():
+        raise StoreDamaged(f"{path} is missing; the manifest lists it with {expected.bytes} bytes.")
+    if (size := path.stat().st_size) != expected.bytes:
+        raise StoreDamaged(f"{path} has {size} bytes, but the manifest says {expected.bytes}: it was truncated or replaced.")
+    if content and (found := file_facts(path)) != expected:
+        raise StoreDamaged(f"{path} is damaged: its content gives xxh3 {found.xxh3}, but the manifest says {expected.xxh3}.")

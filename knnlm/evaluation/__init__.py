@@ -1,0 +1,1 @@
+"""Comparing the base LM with the mixture over the same tokens."""

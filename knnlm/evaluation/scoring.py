@@ -1,0 +1,108 @@
+"""Log-probabilities of given tokens: by the LM, by the neighbours, and by their mixture.
+
+Windows are those of building, so a query here is what a key was there. The server's ``Score`` and ``knnlm compare``
+are this one loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm.distribution import knn_token_log_probs
+from knnlm.interpolation import effective_weight, interpolate
+from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.neighbors import Neighbors
+from knnlm.windows import PlacedWindow, Windowing, length_batches, windows
+
+IntArray = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """One batch of windows. ``rows`` [n]: the place of each scored token among all; the rest [n] float32, natural logs.
+
+    ``lm_seconds``, ``knn_seconds``: wall time of the LM alone, and of search, re-ranking and mixing.
+    """
+
+    rows: Tensor
+    lm_log_probs: Tensor
+    knn_log_probs: Tensor
+    log_probs: Tensor
+    neighbors: Neighbors
+    lm_seconds: float
+    knn_seconds: float
+
+
+def score(
+    knn_lm: KNNLanguageModel, documents: Iterable[IntArray], windowing: Windowing, mixture: Mixture, *, batch_tokens: int = 2048
+) -> Iterator[ScoredBatch]:
+    """Score every token but the first of each document (1-D arrays of token ids), batch by batch.
+
+    Rows are numbered in document order: document 0's token 1 is row 0. Batches hold windows of one length.
+    """
+    stream = _Stream(documents)
+    for batch in length_batches(stream.place(windowing), batch_tokens):
+        yield _score_batch(knn_lm, stream, batch, mixture)
+        stream.forget(batch)
+
+
+class _Stream:
+    """Documents on their way through windows; each is held until its last window was scored."""
+
+    def __init__(self, documents: Iterable[IntArray]) -> None:
+        self._documents = documents
+        self._held: dict[int, tuple[IntArray, int]] = {}
+
+    def place(self, windowing: Windowing) -> Iterator[PlacedWindow]:
+        """Windows with the document's number as ``origin``."""
+        row = 0
+        for number, tokens in enumerate(self._documents):
+            placed = list(windows(len(tokens), windowing))
+            if placed:
+                self._held[number] = (tokens, len(placed))
+            for window in placed:
+                yield PlacedWindow(window, number, row + window.first_target - 1)
+            row += max(len(tokens) - 1, 0)
+
+    def tokens(self, item: PlacedWindow) -> Tensor:
+        """The window's tokens, targets included: [input_length + 1] int64."""
+        document = self._held[item.origin][0]
+        return torch.from_numpy(document[item.window.start : item.window.end].astype(np.int64))
+
+    def forget(self, batch: list[PlacedWindow]) -> None:
+        """Count down the windows that are left of each document."""
+        for item in batch:
+            tokens, left = self._held.pop(item.origin)
+            if left > 1:
+                self._held[item.origin] = (tokens, left - 1)
+
+
+def _score_batch(knn_lm: KNNLanguageModel, stream: _Stream, batch: list[PlacedWindow], mixture: Mixture) -> ScoredBatch:
+    started = time.perf_counter()
+    tokens = torch.stack([stream.tokens(item) for item in batch])
+    # Windows of one length differ in how many of their last columns are targets; logits are made for the widest.
+    widest = max(item.window.target_count for item in batch)
+    length = tokens.shape[1] - 1
+    columns = torch.arange(length - widest, length)
+    is_target = torch.stack([torch.arange(widest) >= widest - item.window.target_count for item in batch])
+    device = knn_lm.model.device
+    out = knn_lm.model.forward(tokens[:, :-1].to(device), columns=columns.to(device))
+    assert out.logits is not None
+    targets = tokens[:, 1 + length - widest :][is_target]
+    normalized = out.logits.float().log_softmax(-1).cpu()[is_target]
+    lm = normalized.gather(1, targets[:, None])[:, 0]
+    queries = out.keys[:, columns.to(device)].float().cpu()[is_target]
+    rows = torch.cat([torch.arange(item.row, item.row + item.window.target_count) for item in batch])
+    after_lm = time.perf_counter()
+    neighbors = knn_lm.retriever.retrieve(queries, mixture.k if mixture.weight > 0 else 0)
+    knn = knn_token_log_probs(neighbors, mixture.temperature, targets)
+    weight = effective_weight(torch.full((len(lm),), mixture.weight, dtype=torch.float64), neighbors.found)
+    mixed = interpolate(lm, knn, weight)
+    return ScoredBatch(rows, lm, knn, mixed, neighbors, after_lm - started, time.perf_counter() - after_lm)

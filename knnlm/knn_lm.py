@@ -1,0 +1,95 @@
+"""The kNN language model: p = λ·p_kNN + (1-λ)·p_LM (Khandelwal et al., 2020, section 2). The heart of the project.
+
+:meth:`KNNLanguageModel.mix` is the one place where search, distribution and interpolation meet; serving, scoring and
+generation all go through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnlm.distribution import knn_log_probs
+from knnlm.errors import InvalidInput
+from knnlm.interpolation import effective_weight, interpolate
+from knnlm.model import LanguageModel
+from knnlm.neighbors import Neighbors
+from knnlm.retrieval import Retriever
+from knnlm.tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Settings of the mixture. ``k`` neighbours; ``temperature`` T of softmax(-d/T), in units of squared distance;
+    ``weight`` λ of the neighbours' distribution, 0 to 1."""
+
+    k: int = 64
+    temperature: float = 10.0
+    weight: float = 0.2
+
+    def validate(self) -> Mixture:
+        """Return self; raise :class:`InvalidInput` naming the field that is out of range."""
+        if self.k < 1:
+            raise InvalidInput("k", f"is {self.k}, but must be 1 or more.")
+        if not 0 < self.temperature < math.inf:
+            raise InvalidInput("knn_temperature", f"is {self.temperature}, but must be above 0, and finite.")
+        if not 0 <= self.weight <= 1:
+            raise InvalidInput("weight", f"is {self.weight}, but must be from 0 to 1.")
+        return self
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One step's result for n rows: ``log_probs`` [n, vocabulary] of the mixture; ``knn_log_probs`` the same of the
+    neighbours (-inf in rows that searched nothing); ``neighbors``; ``weight`` [n] float64, the λ that was used."""
+
+    log_probs: Tensor
+    knn_log_probs: Tensor
+    neighbors: Neighbors
+    weight: Tensor
+
+
+class KNNLanguageModel:
+    """A base LM, a retriever over its datastore, and the settings that apply where a call gives none."""
+
+    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, retriever: Retriever, mixture: Mixture | None = None) -> None:
+        self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
+        self.mixture = (mixture or Mixture()).validate()
+
+    def mix(self, lm_log_probs: Tensor, queries: Tensor, *, k: Tensor, temperature: Tensor, weight: Tensor) -> Mixed:
+        """Mix the LM's log-probabilities [n, vocabulary] with those of each query's neighbours.
+
+        ``queries`` [n, dimension]; ``k`` int64, ``temperature`` and ``weight`` float64, each [n]. Rows with weight 0
+        are not searched, and theirs is the LM's distribution bit for bit.
+        """
+        neighbors = self.retriever.retrieve(queries, torch.where(weight > 0, k, 0))
+        used = effective_weight(weight, neighbors.found)
+        knn = torch.full_like(lm_log_probs, -torch.inf)
+        active = (used > 0).nonzero()[:, 0]
+        if len(active):
+            part = Neighbors(neighbors.distances[active], neighbors.tokens[active], neighbors.ids[active])
+            knn[active] = knn_log_probs(part, temperature[active], lm_log_probs.shape[1]).to(knn)
+        return Mixed(interpolate(lm_log_probs, knn, used), knn, neighbors, used)
+
+    def mix_all(self, lm_log_probs: Tensor, queries: Tensor, mixture: Mixture) -> Mixed:
+        """:meth:`mix` with the same settings for every row."""
+        n = len(queries)
+        return self.mix(
+            lm_log_probs, queries, k=torch.full((n,), mixture.k), temperature=torch.full((n,), mixture.temperature, dtype=torch.float64),
+            weight=torch.full((n,), mixture.weight, dtype=torch.float64),
+        )  # fmt: skip
+
+    def next_token(self, text: str | Sequence[int], mixture: Mixture | None = None, *, cache: Any = None) -> Mixed:
+        """The distribution over the token that follows ``text`` (or token ids), as a batch of one row."""
+        tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        if not tokens:
+            raise InvalidInput("text", "is empty and the tokenizer adds no BOS, so there is nothing to predict from.")
+        ids = torch.tensor([tokens], device=self.model.device)
+        out = self.model.forward(ids, columns=torch.tensor([len(tokens) - 1], device=ids.device), cache=cache)
+        assert out.logits is not None
+        return self.mix_all(out.logits[:, -1].float().log_softmax(-1).cpu(), out.keys[:, -1].cpu(), (mixture or self.mixture).validate())

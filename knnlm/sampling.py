@@ -1,0 +1,102 @@
+"""From next-token log-probabilities to a token, per request. Pure: randomness comes in as one number per row.
+
+Everything works on *normalised* log-probabilities (of the mixture, or of the base LM at weight 0). Penalties are not
+invariant to a shift of the logits, so this is part of the definition (see ``docs/definition.md``, Sampling).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from knnlm.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request draws its tokens. Steps are taken in the order of the fields, as in Hugging Face ``generate``.
+
+    ``repetition_penalty``: above 1 makes tokens of the prompt and completion less likely (Keskar et al., 2019, CTRL);
+    1 = off. ``temperature``: 0 = the most probable token. ``top_k``: 0 = all tokens. ``top_p``: nucleus, 1 = off
+    (Holtzman et al., 2020). ``min_p``: least probability as a share of the largest, 0 = off (Nguyen et al., 2024).
+    ``seed``: the same seed draws the same tokens; None = a new one for each request.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def validate(self, prefix: str = "") -> SamplingParams:
+        """Return self; raise :class:`InvalidInput` with ``prefix`` before the field's name if a value is out of range."""
+        # Beyond these, scores overflow float32 and no token is left.
+        usable = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _require(usable, f"{prefix}temperature", self.temperature, "0, or from 1e-6 to 1e6")
+        _require(self.top_k >= 0, f"{prefix}top_k", self.top_k, "0 (off) or more")
+        _require(0 < self.top_p <= 1, f"{prefix}top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, f"{prefix}min_p", self.min_p, "from 0 to 1")
+        _require(0 < self.repetition_penalty < math.inf, f"{prefix}repetition_penalty", self.repetition_penalty, "above 0, and finite")
+        return self
+
+
+def _require(condition: bool, field: str, found: object, wanted: str) -> None:
+    if not condition:
+        raise InvalidInput(field, f"is {found}, but must be {wanted}.")
+
+
+def process(log_probs: Tensor, params: SamplingParams, history: Sequence[int]) -> Tensor:
+    """Log-probabilities (not normalised) after penalties, temperature and truncation.
+
+    ``log_probs`` [vocabulary] float, normalised; ``history`` the token ids of prompt and completion so far. The
+    processors are those of transformers, so that a result here is a result there. At temperature 0 only the
+    repetition penalty applies.
+    """
+    import torch
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    scores: Any = log_probs[None]
+    ids: Any = torch.as_tensor(history, dtype=torch.long, device=log_probs.device)[None]
+    if params.repetition_penalty != 1.0 and history:
+        scores = RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty))(ids, scores)
+    if params.temperature not in (0.0, 1.0):
+        scores = TemperatureLogitsWarper(float(params.temperature))(ids, scores)
+    if params.temperature > 0.0:
+        if params.top_k:
+            scores = TopKLogitsWarper(top_k=min(params.top_k, scores.shape[-1]))(ids, scores)
+        if params.top_p < 1.0:
+            scores = TopPLogitsWarper(top_p=float(params.top_p))(ids, scores)
+        if params.min_p > 0.0:
+            scores = MinPLogitsWarper(min_p=float(params.min_p))(ids, scores)
+    processed: Tensor = scores[0]
+    return processed
+
+
+def sample(log_probs: Tensor, params: SamplingParams, history: Sequence[int], uniform: float) -> int:
+    """The next token id.
+
+    ``log_probs`` [vocabulary] float, normalised; ``uniform`` a number in [0, 1) that decides the draw: the token is the
+    first at which the cumulative probability (float64, in order of token id) exceeds it. Temperature 0 takes the most
+    probable token, the smallest id among equals, and ignores ``uniform``.
+    """
+    import torch
+
+    scores = process(log_probs, params, history)
+    if params.temperature == 0.0:
+        return int(scores.argmax())
+    cumulative = torch.softmax(scores.double(), dim=-1).cumsum(-1)
+    threshold = torch.tensor([uniform], dtype=torch.float64, device=cumulative.device) * cumulative[-1]
+    index = torch.searchsorted(cumulative, threshold, right=True)
+    return int(index.clamp(max=int(torch.isfinite(scores).nonzero()[-1])))

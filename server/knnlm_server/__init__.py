@@ -1,0 +1,1 @@
+"""The gRPC service of knnlm: decoding engine, service and client."""

@@ -1,0 +1,143 @@
+"""The subcommands ``knnlm serve`` and ``knnlm generate``. What needs torch or gRPC is imported when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.cli import Device, Dtype, Json, Model, Store, TrustRemoteCode, Verify
+
+if TYPE_CHECKING:
+    from knnlm_server.app import GenerationServer
+    from knnlm_server.client import GenerationOptions
+    from knnlm_server.engine_protocol import Engine
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's subcommands to the command ``knnlm``."""
+    app.command()(serve)
+    app.command()(generate)
+
+
+def serve(
+    store: Store,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that generate at the same time; others wait.")] = 8,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get when the server is stopped.")] = 30.0,
+    k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
+    knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="profile or 10")] = None,
+    weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="profile or 0.2")] = None,
+    allow_unproven: Annotated[
+        bool, typer.Option("--allow-unproven", help="Serve a model whose batched decoding was not shown to equal decoding alone.")
+    ] = False,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    verify: Verify = False,
+) -> None:
+    """Serve a datastore and its model over gRPC: generation, streaming, scoring, health, reflection.
+
+    Prints the line "listening on HOST:PORT" when it takes requests. SIGTERM or Ctrl-C lets running requests finish
+    within --grace seconds; a second one ends it at once. --k, --knn-temperature and --weight are for requests that set none.
+    """
+    import asyncio
+    import logging
+
+    from knnlm_server import app
+
+    def engine() -> Engine:
+        # Imported here, so that an address that can't be used is refused at once.
+        from knnlm.console import quiet_transformers
+        from knnlm_server.async_engine import build_async_engine
+
+        quiet_transformers()
+        return build_async_engine(
+            store,
+            model=model,
+            device=device,
+            dtype=dtype,
+            max_concurrent=max_concurrent,
+            context=max_context,
+            weight=weight,
+            k=k,
+            knn_temperature=knn_temperature,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            allow_unproven=allow_unproven,
+        )
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("knnlm_server").setLevel(logging.INFO)
+    asyncio.run(app.serve(engine, host, port, grace=grace, on_ready=_announce))
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.", show_default=False)],
+    target: Annotated[str, typer.Option(help="The server, as HOST:PORT.")] = "localhost:50051",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.", show_default="128")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 0: always the most probable token.", show_default="1")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many most probable tokens; 0: all.", show_default="0")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable tokens of this total; 1: all.", show_default="1")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Least probability, as a share of the largest; 0: off.", show_default="0")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: repeated tokens become less likely; 1: off.", show_default="1")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same tokens.", show_default="a new one")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", show_default=False)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
+    k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="the server's")] = None,
+    knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="the server's")] = None,
+    weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="the server's")] = None,
+    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="The base LM alone.")] = False,
+    truncate_prompt: Annotated[bool, typer.Option("--truncate-prompt", help="Keep the end of a prompt that is too long.")] = False,
+    neighbors: Annotated[int, typer.Option(help="Show this many neighbours of each token, and how much they decided.")] = 0,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which to give up.", show_default="never")] = None,
+    json: Json = False,
+) -> None:
+    """Continue a prompt with a running server, showing the text as it comes.
+
+    With --neighbors, text on a terminal is coloured by how much of each token's probability came from the datastore,
+    and a table says which places of it voted.
+    """
+    options: GenerationOptions = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_strings": stop or [],
+        "ignore_eos": ignore_eos,
+        "k": k,
+        "knn_temperature": knn_temperature,
+        "weight": weight,
+        "retrieval": not no_retrieval,
+        "truncate_prompt": truncate_prompt,
+        "neighbors": neighbors,
+        "log_probs": neighbors > 0 or json,
+    }
+    _complete(sys.stdin.read() if prompt == "-" else prompt, target, timeout, options, json)
+
+
+def _complete(prompt: str, target: str, timeout: float | None, options: GenerationOptions, json: bool) -> None:
+    from knnlm import console
+    from knnlm_server import display
+    from knnlm_server.client import GenerationClient
+
+    with GenerationClient(target) as client:
+        if json:
+            console.print_json(display.completion_fields(client.generate(prompt, timeout=timeout, **options)))
+        else:
+            display.show_stream(prompt, client.stream(prompt, timeout=timeout, **options), console.out)
+
+
+def _announce(server: GenerationServer) -> None:
+    print(f"listening on {server.address}", flush=True)

@@ -1,0 +1,57 @@
+"""A real server on a free port around a fake engine, on an event loop of its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from knnlm_server.app import GenerationServer
+
+from tests.server.fake_engine import FakeEngine
+
+WAIT_SECONDS = 30.0
+
+
+class RunningServer:
+    """A server and the loop that it runs on."""
+
+    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self.engine = engine
+        self.server = GenerationServer(engine)
+        self._loop = loop
+
+    @property
+    def target(self) -> str:
+        return self.server.address
+
+    def submit(self, coroutine: Any) -> Future[Any]:
+        """Run on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+@contextmanager
+def running(engine: FakeEngine) -> Iterator[RunningServer]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    running = RunningServer(engine, loop)
+    try:
+        running.submit(running.server.start()).result(WAIT_SECONDS)
+        yield running
+        running.submit(running.server.stop(grace=0)).result(WAIT_SECONDS)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(WAIT_SECONDS)
+        loop.close()
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[[FakeEngine], RunningServer]]:
+    """Start a server around an engine; it is stopped at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda engine: stack.enter_context(running(engine))

@@ -1,0 +1,155 @@
+"""An engine without a model: it answers from a script, and tells a test what was done to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+from knnlm_server.errors import ShuttingDown
+from knnlm_server.sequence import (
+    Alternative,
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    Limits,
+    NeighborEvidence,
+    RetrievalParams,
+    ScoreRequest,
+    ScoreResult,
+    ServerInfo,
+    TokenEvent,
+)
+
+DEFAULT_RETRIEVAL = RetrievalParams(weight=0.25, k=16, temperature=10.0)
+LIMITS = Limits(context=64, max_k=32, max_alternatives=5, max_neighbors=4, max_score_tokens=50, max_stop_strings=2, max_text_bytes=100)
+INFO = ServerInfo(
+    version="0.1.0",
+    model="tiny",
+    model_fingerprint="m1",
+    tokenizer_fingerprint="t1",
+    vocabulary_size=257,
+    key_layer="last_ffn_input",
+    key_dimension=8,
+    store_fingerprint="s1",
+    entries=1000,
+    documents=10,
+    index="Flat",
+    default_retrieval=DEFAULT_RETRIEVAL,
+    defaults_source="profile",
+    limits=LIMITS,
+    settings={"device": "cpu"},
+)
+NEIGHBOR = NeighborEvidence(
+    entry=7,
+    token_id=98,
+    text="b",
+    weight=0.75,
+    distance=1.5,
+    document_id="d1",
+    source="docs/a.txt",
+    character_start=10,
+    character_end=11,
+    line=3,
+    left_context="before\n it",
+)
+
+
+class ByteTokenizer:
+    """A token for each UTF-8 byte; ``bos`` is put before every prompt."""
+
+    vocabulary_size = 257
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos = bos
+
+    def encode(self, text: str) -> list[int]:
+        ids = list(text.encode())
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def token_text(self, token_id: int) -> str:
+        return "<bos>" if token_id == self.bos else chr(token_id)
+
+
+class FakeEngine:
+    """Generates ``pieces`` for every request.
+
+    ``hold_after``: after so many tokens it waits for :meth:`release`. ``failure``: raised instead of the first token of
+    prompts that begin with "fail". ``closed`` is set once a generator has ended in any way.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[str] = ("a", "b"),
+        *,
+        hold_after: int | None = None,
+        failure: Exception | None = None,
+        limits: Limits = LIMITS,
+        bos: int | None = None,
+    ) -> None:
+        self.tokenizer = ByteTokenizer(bos)
+        self.info = replace(INFO, limits=limits)
+        self.pieces = pieces
+        self.hold_after = hold_after
+        self.failure = failure
+        self.requests: list[GenerationRequest] = []
+        self.started = False
+        self.stopped = False
+        self.released = False
+        self.closed = threading.Event()
+        self._holding: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def start(self) -> None:
+        self.started = True
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._wake()
+
+    def release(self) -> None:
+        self.released = True
+        self._wake()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+        self.requests.append(request)
+        try:
+            if self.failure is not None and bytes(request.prompt).startswith(b"fail"):
+                raise self.failure
+            for index, piece in enumerate(self.pieces):
+                if index == self.hold_after:
+                    await self._hold()
+                yield _token(request, index, piece)
+            yield FinishEvent(FinishReason.LENGTH, "!", len(request.prompt), len(self.pieces))
+        finally:
+            self.closed.set()
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        if self.failure is not None and bytes(request.tokens).startswith(b"fail"):
+            raise self.failure
+        count = len(request.tokens) - 1
+        return ScoreResult((-1.0,) * count, (-2.0,) * count, (float("-inf"),) * count)
+
+    async def _hold(self) -> None:
+        woken = asyncio.Event()
+        self._holding.append((asyncio.get_running_loop(), woken))
+        if not (self.released or self.stopped):
+            await woken.wait()
+        if self.stopped:
+            raise ShuttingDown("The server is being stopped.")
+
+    def _wake(self) -> None:
+        for loop, woken in self._holding:
+            loop.call_soon_threadsafe(woken.set)
+
+
+def _token(request: GenerationRequest, index: int, piece: str) -> TokenEvent:
+    detail = request.detail
+    event = TokenEvent(index=index, token_id=ord(piece[0]), text=piece, token_text=piece)
+    if detail.log_probs:
+        event = replace(event, log_prob=-0.5, lm_log_prob=-1.5, knn_log_prob=float("-inf"), knn_share=0.0 if index else 0.8)
+    return replace(
+        event,
+        alternatives=(Alternative(97, "a", -0.5),) * detail.alternatives,
+        neighbors=(NEIGHBOR,) * detail.neighbors,
+    )

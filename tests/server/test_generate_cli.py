@@ -1,0 +1,173 @@
+"""``knnlm generate`` against a real server: what it prints, what it asks for, and its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from knnlm_server import cli, display
+from knnlm_server.sequence import FinishEvent, FinishReason, TokenEvent
+from rich.console import Console
+
+import knnlm.cli
+from tests.server.conftest import RunningServer
+from tests.server.fake_engine import NEIGHBOR, FakeEngine
+from tests.server.test_client import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[[FakeEngine], RunningServer]
+Invoke = Callable[..., "Ran"]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(["a", "\tb"])
+
+
+@dataclass
+class Ran:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def invoke(start_server: Start, engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    target = start_server(engine).target
+
+    def run(*arguments: str) -> Ran:
+        return command(capsys, "generate", *arguments, "--target", target, "--max-new-tokens", "8")
+
+    return run
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
+    """Run ``knnlm`` as its entry point does, with this package's subcommands alone."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    cli.register(app)
+    status = knnlm.cli.run(app, list(arguments))
+    return Ran(status, *capsys.readouterr())
+
+
+def test_text_is_exactly_the_completion(invoke: Invoke) -> None:
+    found = invoke("hi")
+    assert (found.exit_code, found.stdout) == (0, "a\tb!\n")
+
+
+def test_the_prompt_can_come_from_standard_input(invoke: Invoke, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert invoke("-").exit_code == 0
+    assert bytes(engine.requests[0].prompt) == b"hello"
+
+
+def test_options_arrive(invoke: Invoke, engine: FakeEngine) -> None:
+    options = "--temperature 0 --top-k 4 --top-p 0.5 --min-p 0.1 --repetition-penalty 1.5 --seed 3 --stop x --stop y"
+    found = invoke("hi", *options.split(), *["--ignore-eos", "--weight", "0.5", "--k", "2", "--knn-temperature", "3.5"])
+    assert found.exit_code == 0, found.stderr
+    (request,) = engine.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0, 4, 0.5, 0.1)
+    assert (sampling.repetition_penalty, sampling.seed) == (1.5, 3)
+    assert (request.stopping.stop_strings, request.stopping.ignore_eos) == (("x", "y"), True)
+    assert (request.retrieval.weight, request.retrieval.k, request.retrieval.temperature) == (0.5, 2, 3.5)
+    assert not request.detail.log_probs
+
+
+def test_no_retrieval(invoke: Invoke, engine: FakeEngine) -> None:
+    invoke("hi", "--no-retrieval")
+    assert engine.requests[0].retrieval.weight == 0
+
+
+def test_neighbors_are_shown_with_their_place(invoke: Invoke) -> None:
+    found = invoke("hi", "--neighbors", "1")
+    assert found.stdout.startswith("a\tb!\n")
+    row = next(line for line in found.stdout.splitlines() if line.strip().startswith("'a'"))
+    assert row.split() == ["'a'", "0.607", "80%", "75%", "1.50", "docs/a.txt:3", "before", "it", "'b'"]
+
+
+def test_json_is_one_object(invoke: Invoke) -> None:
+    found = invoke("hi", "--neighbors", "1", "--json")
+    value = json.loads(found.stdout)
+    assert (value["text"], value["finish_reason"]) == ("a\tb!", "length")
+    assert (value["prompt_tokens"], value["completion_tokens"]) == (2, 2)
+    token = value["tokens"][0]
+    assert (token["token_id"], token["knn_share"], token["knn_log_prob"]) == (97, 0.8, None)
+    assert token["neighbors"][0]["document_id"] == NEIGHBOR.document_id
+
+
+def test_json_has_log_probs_without_neighbors(invoke: Invoke) -> None:
+    token = json.loads(invoke("hi", "--json").stdout)["tokens"][0]
+    assert token["log_prob"] == -0.5
+    assert token["neighbors"] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--top-p", "0"], "options.sampling.top_p"),
+        (["--k", "100"], "options.retrieval.k"),
+        (["--no-retrieval", "--k", "2"], "options.retrieval.off"),
+        (["--seed", str(2**70)], "options.sampling.seed"),
+    ],
+)
+def test_a_refused_option_is_bad_usage(invoke: Invoke, args: list[str], said: str) -> None:
+    found = invoke("hi", *args)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"error: {said}")
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_out_of_range_options_are_bad_usage(invoke: Invoke) -> None:
+    assert invoke("hi", "--weight", "1.5").exit_code == 2
+
+
+def test_no_server_is_one_sentence_that_names_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    target = f"127.0.0.1:{free_port()}"
+    found = command(capsys, "generate", "hi", "--target", target)
+    assert found.exit_code == 1
+    assert found.stderr.startswith(f"error: No server answers at {target}")
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_on_a_terminal_shares_are_coloured_and_escape_sequences_disarmed() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", highlight=False, width=120)
+    events = [
+        TokenEvent(0, 1, "sure", "sure", knn_share=0.9),
+        TokenEvent(1, 2, "\x1b[2J", "\x1b[2J"),
+        FinishEvent(FinishReason.EOS, "", 1, 2),
+    ]
+    display.show_stream("prompt ", events, console)
+    shown = out.getvalue()
+    assert "prompt" in shown
+    assert "\x1b[1;32msure" in shown
+    assert "\x1b[2J" not in shown
+    assert "␛[2J" in shown
+
+
+def test_serve_refuses_a_port_in_use_in_one_sentence_before_it_reads_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = command(capsys, "serve", "no-such-store", "--port", str(port))
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert found.stderr == f"error: Port {port} on 127.0.0.1 is in use; choose another with --port, or 0 for a free one.\n"
+
+
+def test_help_needs_neither_torch_nor_grpc() -> None:
+    program = (
+        "import sys, typer, knnlm_server.cli as cli; app = typer.Typer(); cli.register(app)\n"
+        "try: app(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT / "server")
+    assert found.returncode == 0, found.stderr
+    assert "--neighbors" in found.stdout
