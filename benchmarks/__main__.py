@@ -10,12 +10,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
 
 from benchmarks import building, comparing, decoding
 from benchmarks.inputs import load_inputs
 from knnlm import console
-from knnlm.opening import open_knn_lm
+from knnlm.opening import open_store
+from knnlm_index_builder.pipeline import BuildSettings, build_datastore
 
 NAMES = ("building", "comparing", "decoding")
 
@@ -39,7 +39,7 @@ def main() -> None:
         if {"comparing", "decoding"} & set(names):
             with console.progress() as reporter:
                 build_datastore([inputs.corpus], folder / "store", inputs.model, BuildSettings(), reporter)
-            opened = open_knn_lm(folder / "store")
+            opened = open_store(folder / "store")
             print(f"datastore: {len(opened.store):,} entries, {opened.knn_lm.retriever.index.description}")
             if "comparing" in names:
                 report("comparing", comparing.run(inputs, opened, arguments.rounds))

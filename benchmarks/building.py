@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from knnlm_index_builder.encode import ShardDescriptor, build_shard, plan_shards, shard_windows
-from knnlm_index_builder.ingest import DOCUMENTS, IngestedCorpus, ingest
 
 from benchmarks.inputs import Inputs
 from benchmarks.rounds import interleave
 from knnlm.corpus import Corpus
 from knnlm.datastore.documents import DocumentTable
 from knnlm.windows import Windowing, length_batches
+from knnlm_index_builder.encode import ShardDescriptor, build_shard, plan_shards, shard_windows
+from knnlm_index_builder.ingest import DOCUMENTS, IngestedCorpus, ingest
 
 TOKENS = 32_768
 BATCH_TOKENS = 2048

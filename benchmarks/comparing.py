@@ -9,11 +9,9 @@ import torch
 
 from benchmarks.inputs import Inputs
 from benchmarks.rounds import interleave
-from knnlm.corpus import Corpus
 from knnlm.evaluation.compare import compare
 from knnlm.index import FaissIndex
 from knnlm.opening import OpenedKNNLM
-from knnlm.tokenized import tokenize
 from knnlm.windows import PlacedWindow, length_batches, windows
 
 TOKENS = 8_192
@@ -24,7 +22,7 @@ def run(inputs: Inputs, opened: OpenedKNNLM, rounds: int) -> dict[str, float]:
     """Ratio of scored tokens per second, wall and CPU; at least 0.7 is asked for."""
     knn_lm, store = opened.knn_lm, opened.store
     held, total = [], 0
-    for document in tokenize(Corpus([inputs.held_out]), knn_lm.tokenizer, opened.model.vocabulary_size):
+    for document in opened.read(opened.corpus(inputs.held_out)):
         held.append(document)
         total += len(document.ids) - 1
         if total >= TOKENS:

@@ -9,10 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from knnlm_server.client import GenerationClient
 
 from benchmarks.inputs import Inputs
 from knnlm.opening import OpenedKNNLM
+from knnlm_server.client import GenerationClient
 
 STREAMS = 8
 NEW_TOKENS = 64

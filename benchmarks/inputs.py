@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from knnlm.model import HFLanguageModel
 from knnlm_demo.documents import demo_documents, split_documents
 from knnlm_demo.run import MODEL
-
-from knnlm.model import HFLanguageModel
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from knnlm.evaluation.compare import Comparison, compare
     from knnlm.knn_lm import KNNLanguageModel, Mixture
     from knnlm.model import HFLanguageModel
-    from knnlm.opening import open_knn_lm
+    from knnlm.opening import open_store
     from knnlm.sampling import SamplingParams
 
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     "Mixture": "knnlm.knn_lm",
     "SamplingParams": "knnlm.sampling",
     "compare": "knnlm.evaluation.compare",
-    "open_knn_lm": "knnlm.opening",
+    "open_store": "knnlm.opening",
 }
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "compare",
-    "open_knn_lm",
+    "open_store",
 ]
 
 

@@ -71,22 +71,19 @@ def compare(
     """
     import knnlm.evaluation.report as report
     from knnlm.console import progress, quiet_transformers
-    from knnlm.corpus import Corpus
     from knnlm.evaluation.compare import compare as run
-    from knnlm.opening import open_knn_lm
-    from knnlm.tokenized import tokenize
+    from knnlm.opening import open_store
 
     if per_token is not None and not per_token.parent.is_dir():
         raise InvalidInput("per_token", f"there is no folder {per_token.parent} to write {per_token.name} into.")
     quiet_transformers()
-    opened = open_knn_lm(
+    opened = open_store(
         store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    corpus = Corpus(text, split_documents if split_documents is not None else opened.store.manifest.text.split_documents)
-    documents = tokenize(corpus, opened.knn_lm.tokenizer, opened.model.vocabulary_size)
+    corpus = opened.corpus(*text, split_documents=split_documents)
     with progress() as reporter:
-        held = list(documents)
+        held = opened.read(corpus)
         total = sum(len(document.ids) - 1 for document in held)
         comparison = run(
             opened.knn_lm, opened.store, held, batch_tokens=batch_size, progress=lambda done: reporter.update("comparing", done, total)

@@ -127,8 +127,8 @@ def progress() -> Iterator[ProgressReporter]:
         reporter.finish()
         return
     bars = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=messages,
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=messages,
     )  # fmt: skip
     with bars:
         reporter = ProgressReporter(bars)

@@ -50,6 +50,8 @@ class Corpus:
             self._files.extend(self._find(path, several=len(paths) > 1))
         if not self._files:
             raise CorpusError(f"No text found in {', '.join(map(str, paths))}: {self._nothing()}.")
+        if odd := next((path for name, path in self._files if not _is_unicode(name)), None):
+            raise CorpusError(f"The file name {str(odd)!r} is not UTF-8; rename the file.")
         arrays = [name for name, path in self._files if path.suffix == ".npy"]
         if arrays and len(arrays) != len(self._files):
             raise CorpusError(f"Token arrays ({arrays[0]}, …) and text can't be mixed in one corpus; build two datastores.")
@@ -69,7 +71,7 @@ class Corpus:
         """xxh3 of all documents by content: ids, text or tokens, metadata; not of where the files lie."""
         total = xxhash.xxh3_128()
         for document in self:
-            content = document.text.encode("utf-8", "surrogatepass") if document.text is not None else _tokens(document).tobytes()
+            content = document.text.encode() if document.text is not None else _tokens(document).tobytes()
             head = json.dumps([document.id, document.metadata, len(content)], sort_keys=True)
             total.update(head.encode() + content)
         return total.hexdigest()
@@ -139,9 +141,19 @@ def _read_jsonl(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[
                 raise CorpusError(f"{where} is no JSON: {error}.") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise CorpusError(f'{where} has no field "text" with a string.')
+            if b"\\u" in line and not _is_unicode(json.dumps(record, ensure_ascii=False)):
+                raise CorpusError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
             identity = record.get("id")
             rest = {key: value for key, value in record.items() if key != "text"}
             yield Document(str(identity) if isinstance(identity, str | int) else f"{name}:{number}", name, record["text"], metadata=rest)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_array(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[Document]:

@@ -200,8 +200,29 @@ class FaissIndex:
             raise IndexingError(
                 f"A FAISS index on a GPU returns at most {GPU_LIMIT} candidates, but {count} were asked for; use a smaller k."
             )
-        distances, ids = self._index.search(queries.float().cpu().contiguous().numpy(), count, params=self._parameters(k))
+        rows = queries.float().cpu().contiguous()
+        found = self._search(rows, k, count)
+        if self.facts.factory == "Flat" and self._device == "cpu":
+            self._settle_ties(rows, k, count, found)
+        return found
+
+    def _search(self, queries: Tensor, k: int, count: int) -> Candidates:
+        distances, ids = self._index.search(queries.numpy(), count, params=self._parameters(k))
         return Candidates(torch.from_numpy(distances), torch.from_numpy(ids))
+
+    def _settle_ties(self, queries: Tensor, k: int, count: int, found: Candidates) -> None:
+        """Search again, one by one, the rows where equal keys may reach from the k-th place beyond the last.
+
+        Beginnings that many documents share give equal keys. For several queries at once FAISS takes matrix products,
+        whose last bits differ between equal keys, so which of them it returns would depend on the batch; a query alone
+        is measured key by key, and the first of equal ones is kept.
+        """
+        kth, last = found.distances[:, min(k, count) - 1], found.distances[:, -1]
+        rounding = 1e-5 * ((queries * queries).sum(1) + last)
+        doubtful = (kth + rounding >= last) & (found.ids[:, -1] >= 0)
+        for row in doubtful.nonzero()[:, 0].tolist() if len(queries) > 1 else []:
+            alone = self._search(queries[row : row + 1], k, count)
+            found.distances[row], found.ids[row] = alone.distances[0], alone.ids[0]
 
     def _parameters(self, k: int) -> Any:
         if not self.facts.nlist:
@@ -229,7 +250,7 @@ def build_index(keys: ShardedRows, dimension: int, factory: str, folder: Path, d
         sample = training_sample(len(keys), max(TRAINING_POINTS_PER_LIST * nlist, FEWEST_TRAINING_POINTS))
         trained_on = len(sample)
         yield "training the index", 0, trained_on
-        with _said_of(factory, "be trained with these keys"):
+        with _said_of(factory, f"be trained with {trained_on} entries"):
             index.train(keys.gather(sample).float().numpy())
         yield "training the index", trained_on, trained_on
     for start, piece in keys.chunks(ADD_ROWS):
@@ -248,6 +269,12 @@ def _said_of(factory: str, work: str) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError) as error:
         raise IndexingError(f"The index {factory!r} can't {work}: {_first_line(error)}. Choose another with --index.") from error
+
+
+def require_buildable(factory: str, dimension: int, entries: int) -> None:
+    """Raise :class:`InvalidInput` for a factory string that FAISS refuses, or that needs more entries than there are."""
+    if factory != EXACT:
+        _new_index(factory, dimension, entries)
 
 
 def training_sample(entries: int, most: int) -> Tensor:
@@ -280,9 +307,13 @@ def read_index_facts(folder: Path) -> IndexFacts:
     """Facts of the index in ``folder``; raises :class:`StoreDamaged`."""
     content = read_json_with_checksum(folder / INDEX_METADATA)
     try:
-        return IndexFacts(**content)
+        facts = IndexFacts(**content)
     except TypeError as error:
         raise StoreDamaged(f"{folder / INDEX_METADATA} is damaged: {error}.") from error
+    for name in ("dimension", "entries", "nlist", "trained_on", "seed"):
+        if type(getattr(facts, name)) is not int:
+            raise StoreDamaged(f"{folder / INDEX_METADATA} is damaged: {name} is {getattr(facts, name)!r}.")
+    return facts
 
 
 def open_index(folder: Path, keys: ShardedRows, device: str = "cpu") -> NeighborIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from knnlm import console
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.profile import Profile
 from knnlm.datastore.reader import Datastore, damaged_files
+from knnlm.errors import StoreDamaged
 from knnlm.index import read_index_facts
 
 
@@ -95,7 +97,7 @@ def show_entry(store: Datastore, entry: int, *, as_json: bool) -> None:
 def verify(path: Path, *, as_json: bool) -> int:
     """Print the damaged files of the store at ``path``; exit status 0 if there are none, else 1."""
     manifest = Manifest.read(path)
-    damage = list(damaged_files(path, manifest))
+    damage = [*damaged_files(path, manifest), *_damaged_profile(path)]
     if as_json:
         console.print_json({"files": len(manifest.files), "damaged": damage})
     elif damage:
@@ -107,3 +109,11 @@ def verify(path: Path, *, as_json: bool) -> int:
             f"{path}: {len(manifest.files)} files, {console.size(sum(f.bytes for f in manifest.files.values()))}, all as the manifest says"
         )
     return 1 if damage else 0
+
+
+def _damaged_profile(path: Path) -> Iterator[str]:
+    """The profile may change after the build, so the manifest does not list it; it has a checksum of its own."""
+    try:
+        Profile.read(path)
+    except StoreDamaged as damage:
+        yield str(damage)

@@ -343,7 +343,8 @@ def _has_matrices(module: nn.Module) -> bool:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    name: str = next(name for name, module in model.named_modules() if module is wanted)
+    return name
 
 
 @torch.inference_mode()

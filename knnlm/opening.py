@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.profile import Profile
 from knnlm.datastore.reader import Datastore
+from knnlm.evaluation.compare import Comparison, compare
+from knnlm.generation import generate
 from knnlm.index import open_index
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel, Mixed, Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.retrieval import Retriever
+from knnlm.sampling import SamplingParams
+from knnlm.tokenized import TokenizedDocument, tokenize
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,28 @@ class OpenedKNNLM:
     store: Datastore
     model: HFLanguageModel
     mixture_source: str
+
+    def next_token(self, text: str, mixture: Mixture | None = None) -> Mixed:
+        """The distribution over the token that follows ``text``: ``log_probs`` [1, vocabulary] and who voted for it."""
+        return self.knn_lm.next_token(text, mixture)
+
+    def corpus(self, *paths: str | Path, split_documents: str | None = None) -> Corpus:
+        """Files and folders as documents, cut as those of the datastore (or at ``split_documents``)."""
+        return Corpus(paths, split_documents if split_documents is not None else self.store.manifest.text.split_documents)
+
+    def read(self, corpus: Corpus) -> list[TokenizedDocument]:
+        """Documents as tokens, with special tokens as those of the datastore. Raises :class:`CorpusError`."""
+        return list(tokenize(corpus, self.knn_lm.tokenizer, self.model.vocabulary_size))
+
+    def compare(self, *paths: str | Path, mixture: Mixture | None = None) -> Comparison:
+        """Perplexity of base LM and kNN-LM over the text of files and folders; see :func:`knnlm.compare`."""
+        return compare(self.knn_lm, self.store, self.read(self.corpus(*paths)), mixture=mixture)
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 64, sampling: SamplingParams | None = None, mixture: Mixture | None = None
+    ) -> str:
+        """Continue ``prompt``, for one request at a time; see :func:`knnlm.generation.generate`."""
+        return generate(self.knn_lm, self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture)
 
 
 def load_model(
@@ -47,7 +74,7 @@ def load_model(
     return loaded
 
 
-def open_knn_lm(
+def open_store(
     store: str | Path,
     *,
     model: str | None = None,

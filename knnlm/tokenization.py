@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +35,10 @@ class TextTokenizer:
                 f"The tokenizer {type(tokenizer).__name__} gives no character offsets; use the model's fast tokenizer (tokenizer.json)."
             )
         self._tokenizer = tokenizer
+        # A copy without the truncation and padding that a tokenizer may have been saved with: no text is cut or filled up.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.bos_id = _bos_id(tokenizer, bos)
         self.eos_id = _eos_id(tokenizer) if eos else None
 
@@ -44,12 +49,12 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: with BOS where documents have it, never with EOS."""
-        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
     def encode_documents(self, texts: Sequence[str]) -> list[Encoding]:
         """Token ids and character spans of documents, with BOS and EOS as set."""
-        encodings = self._tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         before = [] if self.bos_id is None else [self.bos_id]
         after = [] if self.eos_id is None else [self.eos_id]
         nowhere = (0, 0)
@@ -72,34 +77,38 @@ class TextTokenizer:
 class IncrementalDetokenizer:
     """Text of a growing token sequence, never cutting a character.
 
-    :meth:`push` returns what became certain: it decodes a short tail with and without the new token, so spaces that
-    depend on the token before come out as in the whole text, and holds back a tail that ends within a UTF-8 character,
-    for :data:`LONGEST_CHARACTER` tokens at most: bytes that are still no character then never will be.
+    :meth:`push` returns what became certain: it decodes a short tail again with each token, so spaces that depend on
+    the token before come out as in the whole text, and holds back U+FFFD at its end, which may be the first bytes of a
+    character: all of them for the tokens that a character may take, then the last :data:`LONGEST_CHARACTER` - 1 only.
     """
 
     def __init__(self, tokenizer: TextTokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(context[-6:])
-        self._prefix = 0
-        self._read = len(self._ids)
+        self._prefix, self._read = 0, len(self._ids)
+        self._given = len(tokenizer.decode(self._ids))
+        self._waiting = 0
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now and was not before (may be empty)."""
         self._ids.append(int(token_id))
-        return self._advance(final=False)
+        text = self._tokenizer.decode(self._ids[self._prefix :])
+        held = len(text) - len(text.rstrip(REPLACEMENT))
+        self._waiting = self._waiting + 1 if held else 0
+        if self._waiting >= LONGEST_CHARACTER:
+            held = min(held, LONGEST_CHARACTER - 1)
+        piece = text[self._given : len(text) - held]
+        self._given += len(piece)
+        if piece and not held:
+            self._prefix, self._read = self._read, len(self._ids)
+            self._given = len(self._tokenizer.decode(self._ids[self._prefix :]))
+        return piece
 
     def finish(self) -> str:
         """The rest, with U+FFFD for a character that never became whole."""
-        return self._advance(final=True)
-
-    def _advance(self, *, final: bool) -> str:
-        known = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        whole = self._tokenizer.decode(self._ids[self._prefix :])
-        undecided = whole.endswith(REPLACEMENT) and len(self._ids) - self._read < LONGEST_CHARACTER
-        if len(whole) <= len(known) or (undecided and not final):
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return whole[len(known) :]
+        piece = self._tokenizer.decode(self._ids[self._prefix :])[self._given :]
+        self._given += len(piece)
+        return piece
 
 
 def _bos_id(tokenizer: Any, bos: BosMode) -> int | None:

@@ -28,7 +28,7 @@ class TokenizedDocument:
         """UTF-8 bytes of the text that tokens 1..n-1 stand for; None for token input."""
         if self.spans is None or self.document.text is None:
             return None
-        return len(self.document.text[int(self.spans[0, 1]) :].encode("utf-8", "surrogatepass"))
+        return len(self.document.text[int(self.spans[0, 1]) :].encode())
 
 
 def tokenize(documents: Iterable[Document], tokenizer: TextTokenizer, vocabulary_size: int) -> Iterator[TokenizedDocument]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors gain nothing from threads, and the pools of torch and FAISS get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

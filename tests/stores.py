@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from knnlm_index_builder.pipeline import BuildResult, BuildSettings, build_datastore
 
 from knnlm import cli
 from knnlm.model import HFLanguageModel
+from knnlm_index_builder.pipeline import BuildResult, BuildSettings, build_datastore
 
 __all__ = ["Silent", "build", "command", "contents", "gpt2", "knnlm", "llama", "text_folder", "token_folder"]
 
@@ -56,7 +56,9 @@ def token_folder(folder: Path, documents: Sequence[Sequence[int]]) -> Path:
     return folder
 
 
-def build(inputs: Path | Sequence[Path], store: Path, model: HFLanguageModel, *, batch_tokens: int | None = None, **settings: Any) -> BuildResult:
+def build(
+    inputs: Path | Sequence[Path], store: Path, model: HFLanguageModel, *, batch_tokens: int | None = None, **settings: Any
+) -> BuildResult:
     """Build a store; ``settings`` are those of :class:`BuildSettings`."""
     paths = [inputs] if isinstance(inputs, Path) else list(inputs)
     return build_datastore(paths, store, model, BuildSettings(**settings), Silent(), batch_tokens=batch_tokens)

@@ -17,13 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from knnlm import console
-from knnlm.corpus import Corpus
 from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.evaluation.report import perplexity_table
 from knnlm.model import HFLanguageModel
-from knnlm.opening import open_knn_lm
-from knnlm.tokenized import tokenize
+from knnlm.opening import open_store
 from knnlm_demo.documents import Document, demo_documents, split_documents
 from knnlm_index_builder.pipeline import BuildSettings, build_datastore
 from knnlm_server.client import GenerationClient
@@ -102,8 +100,8 @@ def _characters(documents: list[Document]) -> int:
 
 
 def _compare(folder: Path, weight: float | None, k: int | None, knn_temperature: float | None) -> tuple[Comparison, str]:
-    opened = open_knn_lm(folder / "store", k=k, temperature=knn_temperature, weight=weight)
-    held_out = list(tokenize(Corpus([folder / "held_out"]), opened.knn_lm.tokenizer, opened.model.vocabulary_size))
+    opened = open_store(folder / "store", k=k, temperature=knn_temperature, weight=weight)
+    held_out = opened.read(opened.corpus(folder / "held_out"))
     total = sum(len(document.ids) - 1 for document in held_out)
     with console.progress() as reporter:
         comparison = compare(opened.knn_lm, opened.store, held_out, progress=lambda done: reporter.update("comparing", done, total))

@@ -37,8 +37,8 @@ from knnlm.datastore.manifest import (
     write_atomically,
 )
 from knnlm.datastore.reader import KEYS, ShardedRows, check_files
-from knnlm.errors import InvalidInput, StoreError, StoreLocked, StoreMismatch
-from knnlm.index import EXACT, build_index, choose_factory, import_faiss
+from knnlm.errors import InvalidInput, KNNLMError, StoreError, StoreLocked, StoreMismatch
+from knnlm.index import EXACT, build_index, choose_factory, import_faiss, require_buildable
 from knnlm.model import HFLanguageModel
 from knnlm.tokenization import BosMode
 from knnlm.windows import Windowing
@@ -122,8 +122,8 @@ def build_datastore(
         plan = _plan(corpus, model, settings, windowing)
         if (store / MANIFEST).exists():
             manifest = Manifest.read(store)
-            _require_same(json.loads((store / SETTINGS).read_text()) if (store / SETTINGS).exists() else {}, plan, store)
             check_files(store, manifest, verify=False)
+            _require_same(json.loads((store / SETTINGS).read_text()), plan, f"{store} holds a datastore of another build")
             shutil.rmtree(store / BUILD_FOLDER, ignore_errors=True)
             return BuildResult(manifest, True, corpus.skipped, 0)
         build = _Build(store, model, settings, windowing, plan, batch_tokens or _default_batch(model))
@@ -154,11 +154,17 @@ class _Build:
     def run(self, corpus: Corpus, progress: Progress, revision: str | None, trust_remote_code: bool) -> BuildResult:
         self._claim()
         tokenizer = self._model.tokenizer(self._settings.bos, self._settings.eos)
-        receipt = ingest(corpus, tokenizer, self._model.vocabulary_size, self._scratch, lambda done: progress.update("reading", done, None))
+        try:
+            receipt = ingest(corpus, tokenizer, self._model.vocabulary_size, self._scratch, lambda done: progress.update("reading", done, None))
+            factory = self._factory(receipt.entries)
+        except KNNLMError:
+            # Nothing of worth was made yet, so the folder stays free for another corpus or index.
+            shutil.rmtree(self._scratch)
+            raise
         documents = DocumentTable(self._scratch / DOCUMENTS)
         stream = IngestedCorpus.open(self._scratch, pretokenized=corpus.pretokenized)
         receipts = self._encode(documents, stream, receipt, progress)
-        self._index([r.facts for r in receipts], progress)
+        self._index([r.facts for r in receipts], factory, progress)
         text = TextFacts(
             self._settings.bos, self._settings.eos, tokenizer.bos_id, tokenizer.eos_id, self._settings.split_documents, corpus.pretokenized
         )
@@ -169,7 +175,7 @@ class _Build:
         """Note the settings on a new store, or compare them with those of the build that was interrupted."""
         path = self._scratch / SETTINGS
         if path.exists():
-            _require_same(json.loads(path.read_text()), self._plan, self._store)
+            _require_same(json.loads(path.read_text()), self._plan, f"{self._store} holds an unfinished build, to be removed if it is not wanted")
             return
         others = [entry.name for entry in self._store.iterdir() if entry.name != BUILD_FOLDER]
         if others:
@@ -197,16 +203,20 @@ class _Build:
             receipts.append(receipt)
         return receipts
 
-    def _index(self, shards: list[ShardFacts], progress: Progress) -> None:
+    def _factory(self, entries: int) -> str:
+        """The index to build, known to be possible before the model runs."""
+        dimension, factory = self._model.key_dimension, self._settings.index
+        if factory == "auto":
+            factory = choose_factory(entries, dimension, gpu=self._model.device.type == "cuda")
+        require_buildable(factory, dimension, entries)
+        return factory
+
+    def _index(self, shards: list[ShardFacts], factory: str, progress: Progress) -> None:
         folder = self._store / INDEX_FOLDER
         if folder.exists():
             return
         arrays = [np.load(self._store / "shards" / shard.name / KEYS, mmap_mode="c") for shard in shards]
         keys = ShardedRows(arrays, [shard.entry_start for shard in shards])
-        gpu = self._model.device.type == "cuda"
-        factory = self._settings.index
-        if factory == "auto":
-            factory = choose_factory(len(keys), self._model.key_dimension, gpu=gpu)
         aside = folder.with_name(INDEX_FOLDER + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         for stage, done, total in build_index(keys, self._model.key_dimension, factory, aside):
@@ -259,11 +269,11 @@ def _plan(corpus: Corpus, model: HFLanguageModel, settings: BuildSettings, windo
     }
 
 
-def _require_same(found: dict[str, Any], wanted: dict[str, Any], store: Path) -> None:
+def _require_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     differences = [f"{name} is {found.get(name)!r} there and {value!r} now" for name, value in wanted.items() if found.get(name) != value]
     if differences:
         raise StoreMismatch(
-            f"{store} holds a datastore of another build: {'; '.join(differences)}. Choose another --store, or the same input and settings."
+            f"{what}: {'; '.join(differences)}. Choose another --store, or the same input and settings."
         )
 
 
@@ -283,9 +293,10 @@ def _locked(store: Path) -> Iterator[None]:
     store.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(store, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLocked(f"Another build is writing {store}; wait for it, or choose another --store.") from None
         yield
-    except BlockingIOError:
-        raise StoreLocked(f"Another build is writing {store}; wait for it, or choose another --store.") from None
     finally:
         os.close(descriptor)

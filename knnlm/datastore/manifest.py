@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from knnlm.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
+from knnlm.errors import InvalidInput, StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
 from knnlm.model import KeyLayer, LanguageModel, ModelFingerprint
 from knnlm.windows import Windowing
 
@@ -147,8 +147,8 @@ class Manifest:
                 f"{path} has format version {version}, but this knnlm reads version {FORMAT_VERSION}; "
                 "use the version that wrote it, or newer."
             )
-        unknown = sorted(set(content.get("requires", [])) - KNOWN_FEATURES)
-        if unknown:
+        required = _value(list[str], content.get("requires", []), f"{path}: requires")
+        if unknown := sorted(set(required) - KNOWN_FEATURES):
             raise StoreVersion(f"{path} requires {', '.join(unknown)}, which this knnlm does not know; use a newer version.")
         return _parse(cls, content, str(path))
 
@@ -202,7 +202,7 @@ def read_json_with_checksum(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         found = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreDamaged(f"{path} is damaged: it can't be read as JSON with a checksum ({error}).") from error
     if found != (expected := _checksum(content)):
         raise StoreDamaged(f"{path} is damaged: its checksum is {found}, but its content gives {expected}.")
@@ -232,7 +232,11 @@ def _parse(kind: type[T], content: Any, where: str) -> T:
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if missing := sorted(names - set(content)):
         raise StoreDamaged(f"{where} is damaged: {kind.__name__} lacks {', '.join(missing)}.")
-    return kind(**{name: _value(hints[name], content[name], f"{where}: {name}") for name in names})
+    values = {name: _value(hints[name], content[name], f"{where}: {name}") for name in names}
+    try:
+        return kind(**values)
+    except InvalidInput as error:
+        raise StoreDamaged(f"{where} is damaged: {error}") from error
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from knnlm.datastore.manifest import read_json_with_checksum, write_json_with_checksum
-from knnlm.errors import StoreDamaged
+from knnlm.errors import InvalidInput, StoreDamaged
 from knnlm.knn_lm import Mixture
 
 PROFILE = "profile.json"
@@ -34,5 +34,5 @@ class Profile:
         try:
             mixture = Mixture(k=int(content["k"]), temperature=float(content["temperature"]), weight=float(content["weight"]))
             return cls(mixture.validate(), str(content["distance"]), str(content["source"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, InvalidInput) as error:
             raise StoreDamaged(f"{path} is damaged: {error!r}.") from error

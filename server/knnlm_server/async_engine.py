@@ -17,7 +17,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.model import HFLanguageModel
-from knnlm.opening import OpenedKNNLM, open_knn_lm
+from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.engine import DecodingEngine, Output
@@ -206,7 +206,7 @@ def build_async_engine(
     ``context``: most tokens of prompt and completion (None: the model's context). ``allow_unproven`` serves a model
     whose batched decoding was not shown to equal decoding alone. Raises the errors of :mod:`knnlm.errors`.
     """
-    opened = open_knn_lm(
+    opened = open_store(
         store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

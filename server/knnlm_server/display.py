@@ -17,24 +17,25 @@ from knnlm_server.sequence import FinishEvent, NeighborEvidence, TokenEvent
 if TYPE_CHECKING:
     from knnlm_server.client import Completion
 
-_CONTEXT_CHARACTERS = 36
+# What the columns beside the left context take, roughly.
+_OTHER_COLUMNS = 70
 # From nothing (the terminal's own colour) to all of a token's probability.
 _SHARE_STYLES = ((0.1, Style()), (0.35, Style(color="yellow")), (0.65, Style(color="green")), (math.inf, Style(color="green", bold=True)))
 
 
 def show_stream(prompt: str, events: Iterable[TokenEvent | FinishEvent], console: Console) -> None:
     """Print the text as it comes, then the table of neighbours if there are any. The prompt is shown on a terminal only."""
-    if console.is_terminal:
-        _write(console, prompt, Style(dim=True))
     tokens: list[TokenEvent] = []
     for event in events:
+        if not tokens and console.is_terminal:  # only now, since a refused request shows nothing
+            _write(console, prompt, Style(dim=True))
         if isinstance(event, TokenEvent):
             tokens.append(event)
         _write(console, event.text, share_style(event.knn_share) if isinstance(event, TokenEvent) else Style())
     console.print()
     if any(token.neighbors for token in tokens):
         console.print(_legend())
-        console.print(neighbor_table(tokens))
+        console.print(neighbor_table(tokens, console.width))
 
 
 def share_style(share: float | None) -> Style:
@@ -42,18 +43,19 @@ def share_style(share: float | None) -> Style:
     return next(style for limit, style in _SHARE_STYLES if (share or 0.0) < limit)
 
 
-def neighbor_table(tokens: Iterable[TokenEvent]) -> Table:
-    """One row for each neighbour, under the token at whose step it voted."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for name in ("token", "p", "kNN share", "weight", "distance"):
-        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    table.add_column("left context", justify="right", no_wrap=True, min_width=_CONTEXT_CHARACTERS)
+def neighbor_table(tokens: Iterable[TokenEvent], width: int) -> Table:
+    """One row for each neighbour, under the token at whose step it voted; ``width`` is what a line holds."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
+    table.add_column("token", no_wrap=True)
+    for name in ("p", "kNN", "weight", "distance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold", min_width=12)
+    table.add_column("left context", justify="right", no_wrap=True)
     table.add_column("voted for", no_wrap=True)
     for token in tokens:
         head = (Text(repr(token.token_text), share_style(token.knn_share)), _probability(token.log_prob), _percent(token.knn_share))
         for row, neighbor in enumerate(token.neighbors):
-            table.add_row(*(head if row == 0 else ("", "", "")), *_neighbor_cells(neighbor))
+            table.add_row(*(head if row == 0 else ("", "", "")), *_neighbor_cells(neighbor, max(width - _OTHER_COLUMNS, 12)))
     return table
 
 
@@ -62,13 +64,13 @@ def completion_fields(completion: Completion) -> dict[str, Any]:
     return asdict(completion) | {"finish_reason": completion.finish_reason.value}
 
 
-def _neighbor_cells(neighbor: NeighborEvidence) -> tuple[str | Text, ...]:
+def _neighbor_cells(neighbor: NeighborEvidence, context_width: int) -> tuple[str | Text, ...]:
     where = neighbor.source or neighbor.document_id
     return (
         _percent(neighbor.weight),
         f"{neighbor.distance:.2f}",
         Text(_harmless(where if neighbor.line is None else f"{where}:{neighbor.line}")),
-        Text(_harmless(" ".join(neighbor.left_context.split())[-_CONTEXT_CHARACTERS:])),
+        Text(_harmless(" ".join(neighbor.left_context.split())[-context_width:])),
         Text(repr(neighbor.text)),
     )
 
@@ -88,7 +90,7 @@ def _harmless(text: str) -> str:
 
 
 def _legend() -> Text:
-    legend = Text("part of each token that came from the neighbours: ")
+    legend = Text("from the neighbours: ")
     low = 0.0
     for limit, style in _SHARE_STYLES:
         high = min(limit, 1.0)

@@ -24,7 +24,7 @@ from knnlm.model import HFLanguageModel
 from knnlm.sampling import sample
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
-from knnlm_server.scheduler import RowGroup, Scheduler, Sequence
+from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler, Sequence
 from knnlm_server.sequence import (
     Alternative,
     FinishEvent,
@@ -77,10 +77,15 @@ class _Ready:
 
 
 class DecodingEngine:
-    """Generates for many requests at once. :meth:`add` and :meth:`cancel` between steps, :meth:`step` until idle."""
+    """Generates for many requests at once. :meth:`add` and :meth:`cancel` between steps, :meth:`step` until idle.
 
-    def __init__(self, knn_lm: KNNLanguageModel, model: HFLanguageModel, store: Datastore, limits: Limits) -> None:
-        self._knn_lm, self._model, self._store, self._limits = knn_lm, model, store, limits
+    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps.
+    """
+
+    def __init__(
+        self, knn_lm: KNNLanguageModel, model: HFLanguageModel, store: Datastore, limits: Limits, step_tokens: int = STEP_TOKENS
+    ) -> None:
+        self._knn_lm, self._model, self._store, self._limits, self._step_tokens = knn_lm, model, store, limits, step_tokens
         self._tokenizer = knn_lm.tokenizer
         self._generations: dict[str, _Generation] = {}
         self._scorings: deque[_Scoring] = deque()
@@ -94,9 +99,10 @@ class DecodingEngine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; raises :class:`~knnlm_server.errors.QueueFull`."""
         sequence = Sequence(request)
-        self._scheduler.add(sequence)
         text = TextStream(self._tokenizer, request.prompt, request.stopping.stop_strings)
-        self._generations[request.request_id] = _Generation(sequence, text, random.Random(request.sampling.seed))
+        generation = _Generation(sequence, text, random.Random(request.sampling.seed))
+        self._scheduler.add(sequence)
+        self._generations[request.request_id] = generation
 
     def add_score(self, request: ScoreRequest) -> None:
         """Queue a text to be scored; its windows take turns with decoding steps."""
@@ -135,7 +141,7 @@ class DecodingEngine:
 
     def _start_over(self) -> None:
         self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
-        self._scheduler = Scheduler(self._cache, self._limits)
+        self._scheduler = Scheduler(self._cache, self._limits, self._step_tokens)
         self._generations.clear()
         self._scorings.clear()
 
@@ -191,7 +197,7 @@ class DecodingEngine:
 
     def _next_token(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> Iterator[Output]:
         sequence, request = generation.sequence, generation.sequence.request
-        token = self._choose(row, generation, greedy, mixed)
+        token = self._choose(row, generation, greedy, lm, mixed)
         sequence.tokens.append(token)
         count, stopping = sequence.generated, request.stopping
         may_stop = count >= stopping.min_new_tokens
@@ -210,7 +216,7 @@ class DecodingEngine:
             outputs.append(Output(request.request_id, finish))
         return iter(outputs)
 
-    def _choose(self, row: int, generation: _Generation, greedy: int, mixed: Mixed) -> int:
+    def _choose(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> int:
         sequence, request = generation.sequence, generation.sequence.request
         params = request.sampling
         uniform = generation.random.random()
@@ -219,7 +225,10 @@ class DecodingEngine:
             return greedy
         log_probs = mixed.log_probs[row]
         if ends:
-            log_probs = log_probs.index_fill(0, torch.tensor(sorted(ends)), -torch.inf)
+            forbidden = torch.tensor(sorted(ends))
+            log_probs = log_probs.index_fill(0, forbidden, -torch.inf)
+            if not bool(log_probs.isfinite().any()):  # at weight 1, all neighbours may say that the text ends here
+                log_probs = lm[row].index_fill(0, forbidden, -torch.inf)
         return sample(log_probs, params, sequence.tokens, uniform)
 
     def _ends(self, request: GenerationRequest) -> frozenset[int]:

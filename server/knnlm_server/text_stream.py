@@ -11,7 +11,8 @@ class TextStream:
     """Turns tokens into text that is certain.
 
     ``prompt``: the tokens before, of which the last few decide about spaces. Stop strings themselves are never
-    released, nor what follows them.
+    released, nor what follows them. The one that is complete first decides (of several that end together the
+    longest), so the text is the same wherever the borders of tokens lie.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
@@ -36,10 +37,10 @@ class TextStream:
         if not may_stop:
             released, self._pending = self._pending, ""
             return released
-        found = [at for stop in self._stop_strings if (at := self._pending.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop_strings if (at := self._pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._pending[: min(found)]
+            return self._pending[: min(found)[1]]
         held = 0 if final else max((_overlap(self._pending, stop) for stop in self._stop_strings), default=0)
         cut = len(self._pending) - held
         released, self._pending = self._pending[:cut], self._pending[cut:]

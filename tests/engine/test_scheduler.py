@@ -11,11 +11,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from knnlm.sampling import SamplingParams
 from knnlm_server.errors import QueueFull
 from knnlm_server.scheduler import RowGroup, Scheduler, Sequence
 from knnlm_server.sequence import GenerationRequest, Limits, RetrievalParams, StoppingParams
-
-from knnlm.sampling import SamplingParams
 
 FRESH = itertools.count()
 

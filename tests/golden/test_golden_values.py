@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
 
 from knnlm.distribution import knn_token_log_probs
 from knnlm.evaluation.scoring import score
@@ -27,7 +26,8 @@ from knnlm.interpolation import effective_weight, interpolate
 from knnlm.knn_lm import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.neighbors import Neighbors
-from knnlm.opening import OpenedKNNLM, open_knn_lm
+from knnlm.opening import OpenedKNNLM, open_store
+from knnlm_index_builder.pipeline import BuildSettings, build_datastore
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GOLDEN = DATA / "golden"
@@ -71,7 +71,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     model = HFLanguageModel.load(DATA / "models" / config["model"], key_layer=KEY_LAYERS[key])
     settings = BuildSettings(index="Flat", keys="float32", max_length=config["max_length"], stride=config["stride"])
     build_datastore([case / "datastore_tokens.npy"], store, model, settings, Silent())
-    opened = open_knn_lm(store)
+    opened = open_store(store)
     tokens = np.load(case / "tokens.npy")
     n = len(tokens) - 1
     lm, neighbors = torch.empty(n), Neighbors.empty(n, max(NEIGHBORS))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from knnlm_index_builder.encode import plan_shards, shard_windows
 
 from knnlm.datastore.documents import DocumentRecord, DocumentTable, DocumentWriter
 from knnlm.datastore.reader import Datastore
 from knnlm.model import HFLanguageModel, find_last_feed_forward
 from knnlm.windows import Windowing
+from knnlm_index_builder.encode import plan_shards, shard_windows
 from tests import reference
 from tests.stores import build, token_folder
 from tests.tiny import VOCABULARY, tiny_gpt2
@@ -35,7 +35,6 @@ def document_table(lengths: list[int]) -> DocumentTable:
         return DocumentTable(Path(folder) / "documents.arrow")
 
 
-@settings(max_examples=300)
 @given(LENGTHS, WINDOWINGS, SHARD_TOKENS)
 def test_shards_cover_tokens_and_entries_exactly_once(lengths: list[int], windowing: Windowing, shard_tokens: int) -> None:
     shards = plan_shards(document_table(lengths), windowing, shard_tokens)
@@ -45,7 +44,6 @@ def test_shards_cover_tokens_and_entries_exactly_once(lengths: list[int], window
     assert min(s.entries for s in shards) >= 1
 
 
-@settings(max_examples=300)
 @given(LENGTHS, WINDOWINGS, SHARD_TOKENS)
 def test_shards_are_no_larger_than_asked_but_for_one_block(lengths: list[int], windowing: Windowing, shard_tokens: int) -> None:
     single = sum(1 for length in lengths if length == 1)
@@ -54,7 +52,6 @@ def test_shards_are_no_larger_than_asked_but_for_one_block(lengths: list[int], w
         assert shard.tokens <= max(shard_tokens, windowing.stride) + 2 * single + 1
 
 
-@settings(max_examples=300)
 @given(LENGTHS, WINDOWINGS, SHARD_TOKENS)
 def test_every_entry_is_in_exactly_one_window_of_its_shard(lengths: list[int], windowing: Windowing, shard_tokens: int) -> None:
     documents = document_table(lengths)
@@ -63,7 +60,7 @@ def test_every_entry_is_in_exactly_one_window_of_its_shard(lengths: list[int], w
     seen: list[int] = []
     for shard in plan_shards(documents, windowing, shard_tokens):
         for item in shard_windows(shard, documents, windowing):
-            assert 0 <= item.row
+            assert item.row >= 0
             assert item.row + item.window.target_count <= shard.entries
             for offset in range(item.window.target_count):
                 entry, position = shard.entry_start + item.row + offset, item.origin + item.window.first_target + offset
@@ -73,7 +70,6 @@ def test_every_entry_is_in_exactly_one_window_of_its_shard(lengths: list[int], w
     assert sorted(seen) == list(range(len(positions)))
 
 
-@settings(max_examples=300)
 @given(LENGTHS, WINDOWINGS, SHARD_TOKENS)
 def test_the_windows_of_a_document_do_not_depend_on_the_shard_size(lengths: list[int], windowing: Windowing, shard_tokens: int) -> None:
     documents = document_table(lengths)
@@ -86,13 +82,14 @@ def test_the_windows_of_a_document_do_not_depend_on_the_shard_size(lengths: list
 
 
 DOCUMENTS = st.lists(
-    st.integers(1, 20).flatmap(lambda n: st.lists(st.integers(0, VOCABULARY - 1), min_size=n, max_size=n)) | st.lists(st.just(7), min_size=1, max_size=1),
+    st.integers(1, 20).flatmap(lambda n: st.lists(st.integers(0, VOCABULARY - 1), min_size=n, max_size=n))
+    | st.lists(st.just(7), min_size=1, max_size=1),
     min_size=1,
     max_size=5,
 ).filter(lambda documents: max(map(len, documents)) > 1)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(DOCUMENTS, st.sampled_from([Windowing(6, 3), Windowing(5, 5), Windowing(4, 1), Windowing(64, 32)]), st.integers(1, 60))
 def test_stores_round_trip_at_any_shard_size(
     gpt2: HFLanguageModel, documents: list[list[int]], windowing: Windowing, shard_tokens: int

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from knnlm_server.app import GenerationServer
 
+from knnlm_server.app import GenerationServer
 from tests.server.fake_engine import FakeEngine
 
 WAIT_SECONDS = 30.0

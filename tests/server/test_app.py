@@ -15,12 +15,12 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from knnlm.errors import ModelError
 from knnlm_server.app import GenerationServer, ensure_can_listen
 from knnlm_server.client import GenerationClient, ServerUnavailable
 from knnlm_server.errors import CannotListen
 from knnlm_server.sequence import FinishEvent, TokenEvent
-
-from knnlm.errors import ModelError
 from tests.server.conftest import WAIT_SECONDS, RunningServer
 from tests.server.fake_engine import FakeEngine
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from knnlm_server.client import AsyncGenerationClient, FieldsRefused, GenerationClient, RequestFailed, ServerUnavailable, Token
-from knnlm_server.errors import QueueFull
-from knnlm_server.sequence import DetailParams, FinishEvent, FinishReason, StoppingParams, TokenEvent
 
 from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.sampling import SamplingParams
+from knnlm_server.client import AsyncGenerationClient, FieldsRefused, GenerationClient, RequestFailed, ServerUnavailable, Token
+from knnlm_server.errors import QueueFull
+from knnlm_server.sequence import DetailParams, FinishEvent, FinishReason, StoppingParams, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer
 from tests.server.fake_engine import INFO, NEIGHBOR, FakeEngine
 
@@ -191,7 +191,6 @@ def test_a_timeout_is_a_deadline(start_server: Start) -> None:
         with pytest.raises(RequestFailed) as caught:
             client.generate("hi", max_new_tokens=8, timeout=0.5)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert engine.closed.wait(WAIT_SECONDS)
 
 
 def test_no_server_is_a_typed_error_that_names_the_target() -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from knnlm.errors import InvalidInput
+from knnlm.sampling import SamplingParams
 from knnlm_server import converters
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.sequence import (
@@ -22,9 +25,6 @@ from knnlm_server.sequence import (
     StoppingParams,
     TokenEvent,
 )
-
-from knnlm.errors import InvalidInput
-from knnlm.sampling import SamplingParams
 from tests.server.fake_engine import DEFAULT_RETRIEVAL, INFO, LIMITS, NEIGHBOR, ByteTokenizer
 
 READER = converters.RequestReader(ByteTokenizer(), INFO)

@@ -8,16 +8,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import typer
-from knnlm_server import cli, display
-from knnlm_server.sequence import FinishEvent, FinishReason, TokenEvent
 from rich.console import Console
 
 import knnlm.cli
+from knnlm_server import cli, display
+from knnlm_server.sequence import FinishEvent, FinishReason, TokenEvent
 from tests.server.conftest import RunningServer
 from tests.server.fake_engine import NEIGHBOR, FakeEngine
 from tests.server.test_client import free_port
@@ -159,6 +159,17 @@ def test_serve_refuses_a_port_in_use_in_one_sentence_before_it_reads_the_store(c
         found = command(capsys, "serve", "no-such-store", "--port", str(port))
     assert (found.exit_code, found.stdout) == (1, "")
     assert found.stderr == f"error: Port {port} on 127.0.0.1 is in use; choose another with --port, or 0 for a free one.\n"
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_table_shows_the_place_and_the_end_of_the_left_context_at_any_width(width: int) -> None:
+    neighbor = replace(NEIGHBOR, left_context="word " * 50 + "end")
+    token = TokenEvent(0, 1, "x", "long token", log_prob=-1.0, knn_share=0.5, neighbors=(neighbor,))
+    out = io.StringIO()
+    Console(file=out, width=width).print(display.neighbor_table([token], width))
+    row = out.getvalue().splitlines()[1]
+    assert "docs/a.txt:3" in row
+    assert "word end 'b'" in row
 
 
 def test_help_needs_neither_torch_nor_grpc() -> None:

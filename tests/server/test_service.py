@@ -11,11 +11,11 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
 from knnlm_server.errors import QueueFull
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
 from knnlm_server.service import SERVICE_NAME
-
 from tests.server.conftest import WAIT_SECONDS, RunningServer
 from tests.server.fake_engine import DEFAULT_RETRIEVAL, INFO, FakeEngine
 
@@ -125,7 +125,8 @@ def test_an_expired_deadline_closes_the_engines_generator(stub_of: Any, method: 
     with pytest.raises(grpc.RpcError) as caught:
         call(stub, method, timeout=0.5)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert engine.closed.wait(WAIT_SECONDS)
+    # On a machine that is busy enough, the deadline expires before the engine has heard of the request.
+    assert not engine.requests or engine.closed.wait(WAIT_SECONDS)
 
 
 def test_a_reader_that_reads_nothing_holds_up_nobody(stub_of: Any) -> None:

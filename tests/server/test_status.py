@@ -6,14 +6,14 @@ import logging
 from typing import Any
 
 import grpc
-import knnlm_server.errors
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
-from knnlm_server.status import CODES, code_of, reason_of, status_of
 
 import knnlm.errors
+import knnlm_server.errors
 from knnlm.errors import InvalidInput, KNNLMError, StoreDamaged, StoreMismatch
+from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
+from knnlm_server.status import CODES, code_of, reason_of, status_of
 
 
 def details(error: Exception) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""An engine around a tiny model and its datastore, driven step by step, with everything that it hands out written down."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnlm.datastore.reader import Datastore
+from knnlm.index import Candidates, NeighborIndex
+from knnlm.knn_lm import KNNLanguageModel, Mixed
+from knnlm.model import HFLanguageModel
+from knnlm.retrieval import Retriever
+from knnlm.sampling import SamplingParams
+from knnlm_server.engine import DecodingEngine, Output, _Ready
+from knnlm_server.errors import EngineFailed
+from knnlm_server.sequence import (
+    DetailParams,
+    FinishEvent,
+    GenerationRequest,
+    Limits,
+    RetrievalParams,
+    ScoreResult,
+    StoppingParams,
+    TokenEvent,
+)
+
+GREEDY = SamplingParams(temperature=0.0)
+LM_ALONE = RetrievalParams(0.0, 8, 10.0)
+MOST_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of, and where the model lies."""
+
+    knn_lm: KNNLanguageModel
+    model: HFLanguageModel
+    store: Datastore
+    path: Path
+
+    def limits(self, **given: int) -> Limits:
+        return replace(Limits(context=self.model.context), **given)
+
+    def searched_by(self, index: NeighborIndex) -> Parts:
+        """The same with another index in front of the stored keys."""
+        retriever = Retriever(index, self.store.keys, self.store.values)
+        return replace(self, knn_lm=KNNLanguageModel(self.knn_lm.model, self.knn_lm.tokenizer, retriever, self.knn_lm.mixture))
+
+
+class CountingIndex:
+    """Counts the queries that reach an index, and fails on demand."""
+
+    def __init__(self, index: NeighborIndex) -> None:
+        self._index = index
+        self.queries = 0
+        self.failure: Exception | None = None
+
+    @property
+    def description(self) -> str:
+        return self._index.description
+
+    @property
+    def entries(self) -> int:
+        return self._index.entries
+
+    def search(self, queries: Tensor, k: int, count: int) -> Candidates:
+        if self.failure is not None:
+            raise self.failure
+        self.queries += len(queries)
+        return self._index.search(queries, k, count)
+
+
+class RecordingEngine(DecodingEngine):
+    """Writes down the key of every token that it generates, and how many rows each step brought to the mixture."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.keys: dict[str, list[Tensor]] = defaultdict(list)
+        self.rows_of_steps: list[int] = []
+        super().__init__(*args, **options)
+
+    def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
+        self.rows_of_steps.append(len(ready.sequences))
+        for sequence, key in zip(ready.sequences, ready.keys, strict=True):
+            self.keys[sequence.request.request_id].append(key)
+        return super()._mix(ready)
+
+
+def make_engine(parts: Parts, step_tokens: int = 512, **limits: int) -> RecordingEngine:
+    return RecordingEngine(parts.knn_lm, parts.model, parts.store, parts.limits(**limits), step_tokens)
+
+
+def request(
+    name: str,
+    prompt: Sequence[int],
+    sampling: SamplingParams = GREEDY,
+    retrieval: RetrievalParams = LM_ALONE,
+    detail: DetailParams | None = None,
+    **stopping: Any,
+) -> GenerationRequest:
+    return GenerationRequest(name, tuple(prompt), sampling, StoppingParams(**stopping), retrieval, detail or DetailParams())
+
+
+@dataclass
+class Answer:
+    """All that one request was given."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    finish: FinishEvent | None = None
+    scores: ScoreResult | None = None
+    failure: EngineFailed | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token_id for event in self.events]
+
+    @property
+    def text(self) -> str:
+        assert self.finish is not None
+        return "".join(event.text for event in self.events) + self.finish.text
+
+    def take(self, output: Output) -> None:
+        assert self.finish is None and self.scores is None and self.failure is None, "something comes after the end"
+        match output.content:
+            case TokenEvent() as event:
+                assert event.index == len(self.events)
+                self.events.append(event)
+            case FinishEvent() as finish:
+                assert finish.completion_tokens == len(self.events)
+                self.finish = finish
+            case ScoreResult() as scores:
+                self.scores = scores
+            case failure:
+                self.failure = failure
+
+
+def drive(engine: DecodingEngine, actions: Mapping[int, Sequence[Callable[[], object]]] | None = None) -> dict[str, Answer]:
+    """Step until nothing is left to do; ``actions[n]`` happens before step n (0, 1, …)."""
+    pending = dict(actions or {})
+    answers: dict[str, Answer] = defaultdict(Answer)
+    for number in range(MOST_STEPS):
+        for action in pending.pop(number, ()):
+            action()
+        if engine.idle:
+            if not pending:
+                return answers
+            continue
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            outputs = engine.fail_all(error)
+        for output in outputs:
+            answers[output.request_id].take(output)
+    raise AssertionError(f"not idle after {MOST_STEPS} steps")
+
+
+def complete(engine: DecodingEngine, *requests: GenerationRequest) -> dict[str, Answer]:
+    """All of them at once, to their end."""
+    for wanted in requests:
+        engine.add(wanted)
+    return drive(engine)
+
+
+def random_prompt(length: int, seed: int, vocabulary: int = 300) -> list[int]:
+    """Tokens other than 0, the end of a text."""
+    return torch.randint(1, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

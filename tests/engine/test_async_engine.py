@@ -1,0 +1,324 @@
+"""The engine on its own thread: streams side by side, requests given up, failures and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from knnlm.sampling import SamplingParams
+from knnlm_server import async_engine as async_engine_module
+from knnlm_server.async_engine import AsyncEngine
+from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
+from knnlm_server.sequence import (
+    FinishEvent,
+    GenerationRequest,
+    RetrievalParams,
+    ScoreRequest,
+    ServerInfo,
+    TokenEvent,
+)
+from tests.engine.harness import LM_ALONE, CountingIndex, Parts, RecordingEngine, complete, make_engine, random_prompt, request
+
+MIXED = RetrievalParams(0.5, 8, 10.0)
+PATIENCE = 60.0
+
+
+def info(parts: Parts, **limits: int) -> ServerInfo:
+    return ServerInfo(
+        version="0", model="tiny", model_fingerprint="", tokenizer_fingerprint="", vocabulary_size=300, key_layer="", key_dimension=32,
+        store_fingerprint="", entries=0, documents=0, index="", default_retrieval=MIXED, defaults_source="", limits=parts.limits(**limits),
+    )  # fmt: skip
+
+
+class Running:
+    """An engine that works, and the :class:`RecordingEngine` inside."""
+
+    def __init__(self, outer: AsyncEngine, inner: RecordingEngine) -> None:
+        self.outer, self.inner = outer, inner
+
+    async def generate(self, asked: GenerationRequest) -> list[int]:
+        """Tokens of the whole completion."""
+        events = [event async for event in self.outer.generate(asked)]
+        assert isinstance(events[-1], FinishEvent)
+        return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+    async def until_idle(self) -> None:
+        while not self.inner.idle:
+            await asyncio.sleep(0.005)
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start an engine around parts, with these limits; it is stopped at the end of the test."""
+    made: list[RecordingEngine] = []
+
+    def recording(*args: Any) -> RecordingEngine:
+        made.append(RecordingEngine(*args))
+        return made[-1]
+
+    monkeypatch.setattr(async_engine_module, "DecodingEngine", recording)
+    with ExitStack() as stack:
+
+        def starting(parts: Parts, **limits: int) -> Running:
+            outer = AsyncEngine(parts.knn_lm, parts.model, parts.store, info(parts, **limits))
+            stack.callback(outer.stop)
+            outer.start()
+            return Running(outer, made[-1])
+
+        yield starting
+
+
+def run(awaitable: Awaitable[Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(awaitable, PATIENCE)
+
+    return asyncio.run(bounded())
+
+
+def endless(name: str) -> GenerationRequest:
+    return request(name, random_prompt(3, 1), max_new_tokens=60, ignore_eos=True)
+
+
+def some_requests(count: int) -> list[GenerationRequest]:
+    return [
+        request(f"{n}", random_prompt(4 + 5 * n, n), SamplingParams(seed=n), [LM_ALONE, MIXED][n % 2], max_new_tokens=6 + n, ignore_eos=True)
+        for n in range(count)
+    ]
+
+
+def test_streams_side_by_side_are_each_alone(gpt2: Parts, start: Start) -> None:
+    asked = some_requests(6)
+    engine = start(gpt2, max_concurrent=4)
+
+    async def all_of_them() -> list[list[int]]:
+        return list(await asyncio.gather(*(engine.generate(one) for one in asked)))
+
+    expected = [complete(make_engine(gpt2), one)[one.request_id].tokens for one in asked]
+    assert run(all_of_them()) == expected
+    assert max(engine.inner.rows_of_steps) > 1, "they did not run side by side, so this shows nothing"
+
+
+def test_tokens_arrive_while_the_completion_goes_on(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2)
+
+    async def first_event() -> int:
+        stream = engine.outer.generate(endless("a"))
+        await anext(stream)
+        computed = len(engine.inner.keys["a"])
+        await stream.aclose()
+        return computed
+
+    assert run(first_event()) < 60
+
+
+def test_closing_a_stream_frees_its_row_for_the_next_step(gpt2: Parts, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(gpt2, max_concurrent=1)
+    gate, step = threading.Semaphore(0), engine.inner.step
+
+    def one_step_at_a_time() -> Any:
+        gate.acquire()
+        return step()
+
+    monkeypatch.setattr(engine.inner, "step", one_step_at_a_time)
+
+    async def give_up_and_ask_again() -> tuple[int, list[int]]:
+        stream = engine.outer.generate(endless("given up"))
+        gate.release()
+        await anext(stream)
+        await stream.aclose()
+        # The step that may have begun already is the last one for it.
+        for _ in range(20):
+            gate.release()
+        tokens = await engine.generate(some_requests(1)[0])
+        return len(engine.inner.keys["given up"]), tokens
+
+    steps, tokens = run(give_up_and_ask_again())
+    assert steps <= 2
+    assert tokens == complete(make_engine(gpt2), some_requests(1)[0])["0"].tokens
+    for _ in range(20):
+        gate.release()
+
+
+def test_a_cancelled_task_cancels_its_request(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2)
+
+    async def cancel_both() -> None:
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(engine.generate(endless("a"))),
+            asyncio.create_task(engine.outer.score(ScoreRequest("s", tuple(random_prompt(20_000, 1)), LM_ALONE))),
+        ]
+        while not engine.inner.keys["a"]:
+            await asyncio.sleep(0.005)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks)
+        await engine.until_idle()
+
+    run(cancel_both())
+    assert len(engine.inner.keys["a"]) < 60
+
+
+def test_score(gpt2: Parts, start: Start) -> None:
+    asked = ScoreRequest("s", tuple(random_prompt(70, 3)), MIXED)
+    alone = make_engine(gpt2)
+    alone.add_score(asked)
+    outputs = []
+    while not alone.idle:
+        outputs += alone.step()
+    assert run(start(gpt2).outer.score(asked)) == outputs[-1].content
+
+
+def test_stop_ends_running_requests_and_takes_no_new_ones(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2, max_concurrent=1)
+
+    async def stopped() -> list[Any]:
+        begun, waiting = engine.outer.generate(endless("begun")), engine.outer.generate(endless("waiting"))
+        await anext(begun)
+        task = asyncio.create_task(anext(waiting))  # type: ignore[arg-type]
+        scoring = asyncio.create_task(engine.outer.score(ScoreRequest("s", tuple(random_prompt(20_000, 1)), LM_ALONE)))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(engine.outer.stop)
+
+        async def rest() -> None:
+            async for _ in begun:
+                pass
+
+        late = engine.generate(endless("late"))
+        return list(await asyncio.gather(rest(), task, scoring, late, return_exceptions=True))
+
+    assert [type(result) for result in run(stopped())] == [ShuttingDown] * 4
+    engine.outer.stop()
+
+
+def test_requests_that_come_while_the_engine_stops_are_all_answered(gpt2: Parts, start: Start) -> None:
+    """None may slip in behind the last look at who is listening, and wait for ever."""
+    engine = start(gpt2)
+
+    async def storm() -> list[Any]:
+        stopper = threading.Thread(target=engine.outer.stop)
+        tasks = []
+        for number in range(300):
+            tasks.append(asyncio.create_task(engine.generate(request(f"{number}", [5], max_new_tokens=1))))
+            if number == 100:
+                stopper.start()
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        stopper.join()
+        return list(results)
+
+    results = run(storm())
+    assert all(isinstance(result, list | ShuttingDown | QueueFull) for result in results)
+    assert isinstance(results[-1], ShuttingDown)
+
+
+def test_nothing_is_taken_before_the_start(gpt2: Parts) -> None:
+    engine = AsyncEngine(gpt2.knn_lm, gpt2.model, gpt2.store, info(gpt2))
+    with pytest.raises(ShuttingDown):
+        run(anext(engine.generate(endless("a"))))
+    engine.stop()
+
+
+def test_an_error_of_the_warm_up_is_an_error_of_start(gpt2: Parts) -> None:
+    index = CountingIndex(gpt2.knn_lm.retriever.index)
+    index.failure = RuntimeError("no such GPU")
+    parts = gpt2.searched_by(index)
+    engine = AsyncEngine(parts.knn_lm, parts.model, parts.store, info(parts))
+    with pytest.raises(RuntimeError, match="no such GPU"):
+        engine.start()
+    with pytest.raises(ShuttingDown):
+        run(anext(engine.generate(endless("a"))))
+
+
+def test_the_warm_up_leaves_nothing_behind(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2)
+    assert engine.inner.idle
+    assert len(engine.inner.keys["warm-up"]) == 2
+
+
+def test_a_full_queue_refuses_and_the_others_go_on(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2, max_concurrent=1, max_waiting_requests=1)
+
+    async def three() -> list[Any]:
+        first = engine.outer.generate(endless("first"))
+        await anext(first)
+        second = asyncio.create_task(engine.generate(some_requests(1)[0]))
+        await asyncio.sleep(0)
+        third = asyncio.create_task(engine.generate(endless("third")))
+        (refused,) = await asyncio.gather(third, return_exceptions=True)
+        await first.aclose()
+        return [refused, await second]
+
+    refused, tokens = run(three())
+    assert isinstance(refused, QueueFull)
+    assert "1 requests are waiting, the limit is 1" in str(refused)
+    assert tokens == complete(make_engine(gpt2), some_requests(1)[0])["0"].tokens
+
+
+def test_a_step_that_fails_ends_what_runs_and_the_engine_serves_on(gpt2: Parts, start: Start) -> None:
+    index = CountingIndex(gpt2.knn_lm.retriever.index)
+    engine = start(gpt2.searched_by(index))
+
+    async def fail_then_serve() -> tuple[list[Any], list[int]]:
+        index.failure = RuntimeError("index lost")
+        broken = await asyncio.gather(
+            engine.generate(replace(endless("a"), retrieval=MIXED)),
+            engine.outer.score(ScoreRequest("s", (5, 6, 7), MIXED)),
+            return_exceptions=True,
+        )
+        index.failure = None
+        return list(broken), await engine.generate(some_requests(2)[1])
+
+    broken, tokens = run(fail_then_serve())
+    assert [type(result) for result in broken] == [EngineFailed, EngineFailed]
+    assert tokens == complete(make_engine(gpt2), some_requests(2)[1])["1"].tokens
+
+
+def test_a_request_that_can_not_even_be_queued_ends_alone(gpt2: Parts, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(gpt2)
+    bad = ScoreRequest("bad", (5, 2**40), LM_ALONE)
+
+    async def both() -> list[Any]:
+        return list(await asyncio.gather(engine.outer.score(bad), engine.generate(some_requests(1)[0]), return_exceptions=True))
+
+    failed, tokens = run(both())
+    assert isinstance(failed, EngineFailed)
+    assert tokens == complete(make_engine(gpt2), some_requests(1)[0])["0"].tokens
+
+
+def test_should_the_thread_ever_end_nobody_waits_for_it(gpt2: Parts, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(gpt2)
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("beyond help")
+
+    monkeypatch.setattr(engine.inner, "step", broken)
+    monkeypatch.setattr(engine.inner, "fail_all", broken)
+
+    async def ask_twice() -> list[Any]:
+        first = await asyncio.gather(engine.generate(endless("a")), return_exceptions=True)
+        second = await asyncio.gather(engine.generate(endless("b")), return_exceptions=True)
+        return [*first, *second]
+
+    assert [type(result) for result in run(ask_twice())] == [ShuttingDown, ShuttingDown]
+
+
+def test_an_event_loop_that_closed_harms_nobody_else(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2)
+    loop = asyncio.new_event_loop()
+    stream = engine.outer.generate(endless("abandoned"))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert run(engine.generate(some_requests(1)[0])) == complete(make_engine(gpt2), some_requests(1)[0])["0"].tokens
+    engine.outer._leave("abandoned")
+
+

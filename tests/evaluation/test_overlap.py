@@ -1,0 +1,54 @@
+"""The share of 13-token sequences that stand in the store, against a search of every sequence."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knnlm.datastore.reader import ShardedRows
+from knnlm.evaluation import overlap
+from knnlm.evaluation.overlap import NGRAM, ngram_overlap
+
+TOKENS = st.lists(st.integers(0, 1), max_size=60)
+
+
+def rows(shards: list[list[int]]) -> ShardedRows:
+    starts = np.cumsum([0, *map(len, shards)])[: len(shards)]
+    return ShardedRows([np.array(shard, np.int32) for shard in shards], starts.tolist())
+
+
+def sequences(tokens: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(tokens[start : start + NGRAM]) for start in range(len(tokens) - NGRAM + 1)]
+
+
+@given(st.lists(TOKENS, max_size=4), st.lists(TOKENS.filter(len), min_size=1, max_size=4), st.integers(1, 40))
+def test_it_equals_brute_force(documents: list[list[int]], shards: list[list[int]], chunk: int) -> None:
+    """Sequences of the store may run from one shard, or piece that is read, into the next."""
+    stored = set(sequences([token for shard in shards for token in shard]))
+    wanted = [found for document in documents for found in sequences(document)]
+    expected = sum(found in stored for found in wanted) / len(wanted) if wanted else 0.0
+    with patch.object(overlap, "CHUNK", chunk):
+        assert ngram_overlap([np.array(d, np.int32) for d in documents], rows(shards)) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=NGRAM, max_size=40), st.integers(0, 12), st.integers(0, 30))
+def test_one_other_token_is_another_sequence(tokens: list[int], place: int, bit: int) -> None:
+    other = list(tokens[:NGRAM])
+    other[place] ^= 1 << bit
+    assert ngram_overlap([np.array(tokens[:NGRAM], np.int32)], rows([tokens])) == 1
+    expected = float(tuple(other) in sequences(tokens))
+    assert ngram_overlap([np.array(other, np.int32)], rows([tokens])) == expected
+
+
+def test_the_order_of_tokens_counts() -> None:
+    tokens = list(range(NGRAM))
+    assert ngram_overlap([np.array(tokens[::-1], np.int32)], rows([tokens])) == 0
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[1] * (NGRAM - 1)]])
+def test_text_without_any_sequence_has_no_overlap(documents: list[list[int]]) -> None:
+    assert ngram_overlap([np.array(d, np.int32) for d in documents], rows([[1] * 50])) == 0
