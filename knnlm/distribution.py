@@ -25,18 +25,32 @@ def log_weights(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
     return torch.where(neighbors.found, scores - torch.logsumexp(scores, dim=1, keepdim=True), -torch.inf)
 
 
-def knn_log_probs(neighbors: Neighbors, temperature: Tensor | float, vocabulary_size: int) -> Tensor:
-    """log p_kNN over the whole vocabulary: [n, vocabulary_size] float32, -inf where no neighbour has the token.
+def neighbor_token_log_probs(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
+    """log p_kNN of each neighbour's own token: [n, k] float32; neighbours with one token share one value.
 
-    A scatter form of log-sum-exp: the largest log-weight of each token first, then the sum relative to it.
+    The weights are added up per token by a segmented log-sum-exp over the row sorted by token: the largest of a segment
+    first, then the sum relative to it. -inf where a place holds no neighbour and no other has its token.
     """
     weights = log_weights(neighbors, temperature)
-    shape = (weights.shape[0], vocabulary_size)
-    largest = torch.full(shape, -torch.inf, dtype=weights.dtype, device=weights.device)
-    largest.scatter_reduce_(1, neighbors.tokens, weights, reduce="amax")
-    relative = torch.where(weights > -torch.inf, (weights - largest.gather(1, neighbors.tokens)).exp(), 0.0)
-    total = torch.zeros_like(largest).scatter_add_(1, neighbors.tokens, relative)
-    return (largest + total.log()).float()
+    tokens, order = neighbors.tokens.sort(dim=1)
+    weights = weights.gather(1, order)
+    segment = torch.zeros_like(tokens)
+    segment[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).cumsum(1)
+    largest = torch.full_like(weights, -torch.inf).scatter_reduce_(1, segment, weights, reduce="amax")
+    relative = torch.where(weights > -torch.inf, (weights - largest.gather(1, segment)).exp(), 0.0)
+    totals = largest + torch.zeros_like(weights).scatter_add_(1, segment, relative).log()
+    return torch.empty_like(weights).scatter_(1, order, totals.gather(1, segment)).float()
+
+
+def knn_log_probs(neighbors: Neighbors, temperature: Tensor | float, vocabulary_size: int) -> Tensor:
+    """log p_kNN over the whole vocabulary: [n, vocabulary_size] float32, -inf where no neighbour has the token."""
+    return spread(neighbors, neighbor_token_log_probs(neighbors, temperature), vocabulary_size)
+
+
+def spread(neighbors: Neighbors, token_log_probs: Tensor, vocabulary_size: int) -> Tensor:
+    """What :func:`neighbor_token_log_probs` gave, over the whole vocabulary: [n, vocabulary_size], -inf elsewhere."""
+    everywhere = torch.full((len(neighbors), vocabulary_size), -torch.inf, device=token_log_probs.device)
+    return everywhere.scatter_(1, neighbors.tokens, token_log_probs)
 
 
 def knn_token_log_probs(neighbors: Neighbors, temperature: Tensor | float, tokens: Tensor) -> Tensor:

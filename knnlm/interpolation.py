@@ -19,6 +19,17 @@ def interpolate(lm_log_probs: Tensor, knn_log_probs: Tensor, weight: Tensor | fl
     return torch.where(per_row == 0, lm_log_probs, mixed)
 
 
+def interpolate_at(lm_log_probs: Tensor, tokens: Tensor, knn_log_probs: Tensor, weight: Tensor) -> Tensor:
+    """:func:`interpolate` where p_kNN is zero for all but some tokens: [n, vocabulary].
+
+    ``tokens`` [n, k] int64 and their ``knn_log_probs`` [n, k]: a token may stand there several times with one value.
+    Everything else is (1-λ) p_LM, which needs no logarithm of a sum.
+    """
+    per_row = weight[:, None]
+    scaled = torch.where(per_row == 0, lm_log_probs, lm_log_probs + torch.log1p(-per_row).to(lm_log_probs.dtype))
+    return scaled.scatter_(1, tokens, interpolate(lm_log_probs.gather(1, tokens), knn_log_probs, weight))
+
+
 def effective_weight(weight: Tensor, found: Tensor) -> Tensor:
     """λ per row [n], 0 where a row has no neighbour at all (``found`` [n, k] bool): there the base LM speaks alone."""
     return torch.where(found.any(dim=1), weight, torch.zeros_like(weight))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnlm.distribution import knn_log_probs
+from knnlm.distribution import neighbor_token_log_probs, spread
 from knnlm.errors import InvalidInput
-from knnlm.interpolation import effective_weight, interpolate
+from knnlm.interpolation import effective_weight, interpolate_at
 from knnlm.model import LanguageModel
 from knnlm.neighbors import Neighbors
 from knnlm.retrieval import Retriever
@@ -69,12 +69,9 @@ class KNNLanguageModel:
         """
         neighbors = self.retriever.retrieve(queries, torch.where(weight > 0, k, 0))
         used = effective_weight(weight, neighbors.found)
-        knn = torch.full_like(lm_log_probs, -torch.inf)
-        active = (used > 0).nonzero()[:, 0]
-        if len(active):
-            part = Neighbors(neighbors.distances[active], neighbors.tokens[active], neighbors.ids[active])
-            knn[active] = knn_log_probs(part, temperature[active], lm_log_probs.shape[1]).to(knn)
-        return Mixed(interpolate(lm_log_probs, knn, used), knn, neighbors, used)
+        votes = neighbor_token_log_probs(neighbors, temperature)
+        mixed = interpolate_at(lm_log_probs, neighbors.tokens, votes, used)
+        return Mixed(mixed, spread(neighbors, votes, lm_log_probs.shape[1]), neighbors, used)
 
     def mix_all(self, lm_log_probs: Tensor, queries: Tensor, mixture: Mixture) -> Mixed:
         """:meth:`mix` with the same settings for every row."""
@@ -89,6 +86,12 @@ class KNNLanguageModel:
         tokens = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
         if not tokens:
             raise InvalidInput("text", "is empty and the tokenizer adds no BOS, so there is nothing to predict from.")
+        if len(tokens) > self.model.context:
+            raise InvalidInput("text", f"is {len(tokens)} tokens long, but the model's context is {self.model.context}.")
+        if min(tokens) < 0 or max(tokens) >= self.model.vocabulary_size:
+            raise InvalidInput(
+                "text", f"has token ids from {min(tokens)} to {max(tokens)}, but the model's are 0 to {self.model.vocabulary_size - 1}."
+            )
         ids = torch.tensor([tokens], device=self.model.device)
         out = self.model.forward(ids, columns=torch.tensor([len(tokens) - 1], device=ids.device), cache=cache)
         assert out.logits is not None

@@ -7,7 +7,9 @@ nothing of datastores, search or mixing.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from knnlm.errors import InvalidInput, KeyLayerNotFound, ModelError
@@ -137,10 +140,16 @@ class HFLanguageModel:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(name), dtype="auto", attn_implementation=attention, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(name), dtype="auto", attn_implementation=attention, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"The model {str(name)!r} can't be loaded: {reason}") from error
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            # transformers would fill them with random numbers.
+            raise ModelError(f"The model {str(name)!r} can't be loaded: its checkpoint lacks {len(missing)} tensors ({missing[0]}, …).")
         # A path is kept whole, so that a store finds its model from any folder.
         place = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
         adapter = cls(model, tokenizer, name=place, key_layer=key_layer, key_module=key_module)
@@ -236,12 +245,16 @@ def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
 
 def check_device(device: str) -> None:
     """Raise :class:`InvalidInput` for a device that torch does not know or that is not there."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InvalidInput("device", f"is {device!r}, but must be cpu, cuda or cuda:N.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InvalidInput("device", f"is {device!r}, but must be cpu, cuda or cuda:N.")
+    if not torch.cuda.is_available():
         raise InvalidInput("device", f"is {device!r}, but torch finds no CUDA device here; use --device cpu.")
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(
+            "device", f"is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices here; use cpu, or a lower N."
+        )
 
 
 class KeyExtractor:
@@ -278,13 +291,15 @@ class KeyExtractor:
 def _attach(model: Any, key_layer: str, key_module: str | None) -> tuple[KeyExtractor, KeyLayer, int]:
     extractor = KeyExtractor()
     if key_module is None and key_layer == "last_hidden":
-        handle_module: nn.Module = model.base_model
+        # OPT's head calls the decoder within its base model, past the base model's own hooks.
+        handle_module: nn.Module = getattr(model.base_model, "decoder", model.base_model)
         handle_module.register_forward_hook(extractor.read_output)
         name, kind = _name_of(model, handle_module), key_layer
     elif key_module is not None:
         modules = dict(model.named_modules())
         if key_module not in modules:
             near = [name for name in modules if name.rsplit(".", 1)[-1] == key_module.rsplit(".", 1)[-1]][-3:]
+            near = near or difflib.get_close_matches(key_module, modules)
             raise KeyLayerNotFound(f"The model has no module {key_module!r}" + (f"; it has {', '.join(near)}." if near else "."))
         name, kind = key_module, "module_input"
         modules[name].register_forward_pre_hook(extractor.read_input, with_kwargs=True)
@@ -365,6 +380,10 @@ def _probe(model: Any, extractor: KeyExtractor) -> tuple[int, bool]:
         for handle in handles:
             handle.remove()
     key = captured[0]
+    if not key.is_floating_point() or key.numel() != 2 * key.shape[-1]:
+        raise KeyLayerNotFound(
+            f"The module gives {key.dtype} {list(key.shape)} for 2 tokens, which is no key for each; name another with --key-module NAME."
+        )
     return int(key.shape[-1]), any(
         output.numel() == key.numel() and torch.equal(output.flatten(), key.flatten()) for output in norm_outputs
     )
@@ -385,9 +404,14 @@ def fingerprint(model: Any, tokenizer: Any) -> ModelFingerprint:
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    said = _without_settings(backend.to_str()) if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     specials = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id])
     return ModelFingerprint(_config_fingerprint(model.config), _digest(said + specials), weights.hexdigest())
+
+
+def _without_settings(tokenizer: str) -> str:
+    """A tokenizer's JSON less its truncation and padding, which each use may change and TextTokenizer never applies."""
+    return json.dumps({**json.loads(tokenizer), "truncation": None, "padding": None}, sort_keys=True)
 
 
 def _config_fingerprint(config: Any) -> str:

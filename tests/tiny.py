@@ -55,11 +55,11 @@ def tiny_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     """A SentencePiece-like tokenizer: words with a leading ▁, and bytes for every character that it does not know."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -70,7 +70,9 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0,
         initializer_range=0.2, dtype="float32",
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
+    model.eval()
+    return model
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
@@ -80,7 +82,9 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=0, initializer_range=0.2, dtype="float32",
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def save(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:

@@ -20,7 +20,7 @@ from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
 from knnlm.tokenization import TextTokenizer
-from knnlm_server.engine import DecodingEngine, Output
+from knnlm_server.engine import DecodingEngine, Output, failed
 from knnlm_server.errors import ShuttingDown
 from knnlm_server.sequence import (
     FinishEvent,
@@ -58,6 +58,9 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread: threading.Thread | None = None
+        # Held to take a request in or to close the door, so that none slips in after the last look at the listeners.
+        self._door = threading.Lock()
+        self._open = False
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -73,11 +76,13 @@ class AsyncEngine:
         """Warm the model up and begin to work."""
         engine = DecodingEngine(*self._parts)
         self._warm_up(engine)
-        self._thread = threading.Thread(target=self._work, args=(engine,), name="knnlm-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="knnlm-engine", daemon=True)
+        self._open = True
         self._thread.start()
 
     def stop(self) -> None:
         """End at once: running requests raise :class:`ShuttingDown`."""
+        self._close()
         self._commands.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -113,23 +118,43 @@ class AsyncEngine:
         return content
 
     def _submit(self, request_id: str, command: Command) -> _Listener:
-        if self._thread is None or not self._thread.is_alive():
-            raise ShuttingDown("The server is being stopped and takes no new requests.")
-        listener = self._listeners[request_id] = _Listener()
+        listener = _Listener()
 
         def run(engine: DecodingEngine) -> None:
             try:
                 command(engine)
             except KNNLMError as error:
                 self._tell([(request_id, error)])
+            except Exception as error:  # it ends this request alone
+                logger.exception("request %s failed", request_id)
+                self._tell([(request_id, failed(error))])
 
-        self._commands.put(run)
+        with self._door:
+            if not self._open:
+                raise ShuttingDown("The server is being stopped and takes no new requests.")
+            self._listeners[request_id] = listener
+            self._commands.put(run)
         return listener
 
     def _leave(self, request_id: str) -> None:
         """Forget a request; if it still runs, the engine frees its row before the next step."""
         if self._listeners.pop(request_id, None) is not None:
             self._commands.put(lambda engine: engine.cancel(request_id))
+
+    def _close(self) -> None:
+        with self._door:
+            self._open = False
+
+    def _run(self, engine: DecodingEngine) -> None:
+        """The thread's whole life; however it ends, nobody is left waiting."""
+        try:
+            self._work(engine)
+        except Exception:
+            logger.critical("the engine's thread failed; the server must be started again", exc_info=True)
+        finally:
+            self._close()
+            stopped = ShuttingDown("The server was stopped while it worked on this request.")
+            self._tell([(request_id, stopped) for request_id in list(self._listeners)])
 
     def _work(self, engine: DecodingEngine) -> None:
         while self._obey(engine):
@@ -139,8 +164,6 @@ class AsyncEngine:
                 logger.exception("a step failed")
                 outputs = engine.fail_all(error)
             self._tell([(output.request_id, output.content) for output in outputs])
-        stopped = ShuttingDown("The server was stopped while it worked on this request.")
-        self._tell([(request_id, stopped) for request_id in list(self._listeners)])
 
     def _obey(self, engine: DecodingEngine) -> bool:
         """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end."""
@@ -211,6 +234,8 @@ def build_async_engine(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     limits = Limits(context=_context(opened.model, context), max_concurrent=max_concurrent)
+    if opened.knn_lm.mixture.k > limits.max_k:
+        raise InvalidInput("k", f"is {opened.knn_lm.mixture.k} by default, but a request may have at most {limits.max_k}.")
     if not allow_unproven:
         check_servable(opened.model, limits.context)
     return AsyncEngine(opened.knn_lm, opened.model, opened.store, _info(opened, limits))

@@ -122,7 +122,7 @@ class DecodingEngine:
 
     def step(self) -> list[Output]:
         """One forward pass for each group of rows, one search for all, one token for each row that is ready."""
-        outputs = self._score_some()
+        outputs: list[Output] = []
         parts = [part for group in self._scheduler.schedule() if (part := self._forward(group)) is not None]
         if parts:
             ready = _Ready(
@@ -131,13 +131,14 @@ class DecodingEngine:
                 torch.cat([part.keys for part in parts]),
             )
             outputs += self._hand_out(ready, self._mix(ready))
-        return outputs
+        # Last, since what a step has in hand is lost if decoding breaks; scoring fails for its own request alone.
+        return outputs + self._score_some()
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up all requests after ``error`` broke a step as a whole, and begin anew with an empty cache."""
         ids = [*self._generations, *(s.request.request_id for s in self._scorings)]
         self._start_over()
-        return [Output(request_id, _failed(error)) for request_id in ids]
+        return [Output(request_id, failed(error)) for request_id in ids]
 
     def _start_over(self) -> None:
         self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
@@ -192,7 +193,7 @@ class DecodingEngine:
             except Exception as error:  # whatever goes wrong with one row ends that request alone
                 logger.exception("request %s failed", request_id)
                 self.cancel(request_id)
-                outputs.append(Output(request_id, _failed(error)))
+                outputs.append(Output(request_id, failed(error)))
         return outputs
 
     def _next_token(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> Iterator[Output]:
@@ -291,14 +292,15 @@ class DecodingEngine:
         request_id = scoring.request.request_id
         try:
             batch = next(scoring.batches, None)
+            if batch is not None:
+                for name, values in scoring.result.items():
+                    values[batch.rows] = getattr(batch, name)
         except Exception as error:  # it ends this request alone
             logger.exception("request %s failed", request_id)
-            return [Output(request_id, _failed(error))]
+            return [Output(request_id, failed(error))]
         if batch is None:
             lists = {name: tuple(values.tolist()) for name, values in scoring.result.items()}
             return [Output(request_id, ScoreResult(**lists))]
-        for name, values in scoring.result.items():
-            values[batch.rows] = getattr(batch, name)
         self._scorings.append(scoring)
         return []
 
@@ -306,5 +308,6 @@ class DecodingEngine:
 _SCORED = ("log_probs", "lm_log_probs", "knn_log_probs")
 
 
-def _failed(error: Exception) -> EngineFailed:
+def failed(error: Exception) -> EngineFailed:
+    """What a request is told when something broke that it can't help; the rest stands in the log."""
     return EngineFailed(f"The engine failed on this request ({type(error).__name__}); the server's log says more.")

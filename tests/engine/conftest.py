@@ -14,15 +14,10 @@ from knnlm.knn_lm import KNNLanguageModel, Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.retrieval import Retriever
 from knnlm_index_builder.pipeline import BuildSettings, build_datastore
-from tests.engine.harness import Parts
+from tests.engine.harness import Parts, Quiet
 from tests.tiny import tiny_corpus
 
 DOCUMENTS = 24
-
-
-class Quiet:
-    def update(self, stage: str, done: int, total: int | None) -> None:
-        pass
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -83,9 +78,7 @@ def parts(request: pytest.FixtureRequest) -> Parts:
 
 
 @pytest.fixture(scope="package", params=["gpt2", "llama"])
-def single_parts(
-    request: pytest.FixtureRequest, tiny_gpt2_path: Path, tiny_llama_path: Path, gpt2_store: Path, llama_store: Path
-) -> Parts:
+def single_parts(request: pytest.FixtureRequest, tiny_gpt2_path: Path, tiny_llama_path: Path, gpt2_store: Path, llama_store: Path) -> Parts:
     """Each of the two, in float32."""
     paths = {"gpt2": (tiny_gpt2_path, gpt2_store), "llama": (tiny_llama_path, llama_store)}
     return _parts(*paths[request.param], "float32")

@@ -53,6 +53,13 @@ class Parts:
         return replace(self, knn_lm=KNNLanguageModel(self.knn_lm.model, self.knn_lm.tokenizer, retriever, self.knn_lm.mixture))
 
 
+class Quiet:
+    """The progress of a build, told to nobody."""
+
+    def update(self, stage: str, done: int, total: int | None) -> None:
+        pass
+
+
 class CountingIndex:
     """Counts the queries that reach an index, and fails on demand."""
 
@@ -125,7 +132,7 @@ class Answer:
         return "".join(event.text for event in self.events) + self.finish.text
 
     def take(self, output: Output) -> None:
-        assert self.finish is None and self.scores is None and self.failure is None, "something comes after the end"
+        assert not any((self.finish, self.scores, self.failure)), "something comes after the end"
         match output.content:
             case TokenEvent() as event:
                 assert event.index == len(self.events)

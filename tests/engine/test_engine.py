@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitNormalization, RepetitionPenaltyLogitsProcessor
+
+from knnlm.evaluation.scoring import score
+from knnlm.knn_lm import Mixture
+from knnlm.model import HFLanguageModel
+from knnlm.sampling import SamplingParams
+from knnlm.sampling import sample as real_sample
 from knnlm_server import engine as engine_module
 from knnlm_server.errors import EngineFailed, QueueFull
 from knnlm_server.sequence import (
@@ -25,13 +33,6 @@ from knnlm_server.sequence import (
     TokenEvent,
 )
 from knnlm_server.text_stream import TextStream
-from transformers import LogitNormalization, RepetitionPenaltyLogitsProcessor
-
-from knnlm.evaluation.scoring import score
-from knnlm.knn_lm import Mixture
-from knnlm.model import HFLanguageModel
-from knnlm.sampling import SamplingParams
-from knnlm.sampling import sample as real_sample
 from tests.engine.harness import (
     GREEDY,
     LM_ALONE,
@@ -65,8 +66,8 @@ def noise(count: int = 4) -> list[GenerationRequest]:
 
 def hf_generate(parts: Parts, prompt: list[int], max_new_tokens: int, **options: Any) -> list[int]:
     out = parts.model._model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=max_new_tokens, do_sample=False,
-        pad_token_id=0, **options,
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=max_new_tokens,
+        do_sample=False, pad_token_id=0, **options,
     )  # fmt: skip
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
@@ -111,7 +112,8 @@ def test_repetition_penalty_is_that_of_generate_over_normalised_scores(parts: Pa
     prompt, penalty = random_prompt(15, 4), 1.4
     expected = hf_generate(parts, prompt, 20, logits_processor=[LogitNormalization(), RepetitionPenaltyLogitsProcessor(penalty)])
     sampling = SamplingParams(temperature=0.0, repetition_penalty=penalty)
-    answers = complete(make_engine(parts), *noise(), request("a", prompt, sampling, max_new_tokens=20), request("b", prompt, max_new_tokens=20))
+    penalised, plain = request("a", prompt, sampling, max_new_tokens=20), request("b", prompt, max_new_tokens=20)
+    answers = complete(make_engine(parts), *noise(), penalised, plain)
     assert answers["a"].tokens == expected
     assert answers["a"].tokens != answers["b"].tokens, "the penalty makes no difference here, so this test shows nothing"
 
@@ -147,7 +149,8 @@ def _arrivals(draw: st.DrawFn) -> list[Arrival]:
                 [GREEDY, SamplingParams(temperature=0.8, seed=5), SamplingParams(repetition_penalty=1.3, temperature=1.1, top_k=30, seed=7)]
             )
         )
-        retrieval = RetrievalParams(draw(st.sampled_from([0.0, 0.3, 1.0])), draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([1.0, 10.0])))
+        weight, k, temperature = (draw(st.sampled_from(choices)) for choices in ([0.0, 0.3, 1.0], [1, 3, 8], [1.0, 10.0]))
+        retrieval = RetrievalParams(weight, int(k), temperature)
         asked = request(str(number), prompt, sampling, retrieval, max_new_tokens=draw(st.integers(1, 12)))
         arrivals.append(Arrival(draw(st.integers(0, 9)), asked, draw(st.one_of(st.none(), st.none(), st.integers(0, 9)))))
     return arrivals
@@ -186,7 +189,7 @@ def assert_keys(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
 
 
 @given(SCENARIOS)
-@settings(max_examples=30)
+@settings(max_examples=40)
 def test_batch_equals_alone_token_for_token_in_float64(parts: Parts, scenario: tuple[list[Arrival], int, int]) -> None:
     arrivals, slots, step_tokens = scenario
     engine, answers = play(parts, arrivals, slots, step_tokens)
@@ -250,8 +253,6 @@ def test_a_seed_counts_every_token_also_those_that_a_penalty_changed(parts: Part
     """The n-th draw belongs to the n-th token: the definition by hand, one forward pass a token."""
     params = SamplingParams(temperature=0.9, top_p=0.8, repetition_penalty=1.2, seed=21)
     asked = request("a", random_prompt(6, 2), params, MIXED, max_new_tokens=12, ignore_eos=True)
-    import random
-
     chance, tokens = random.Random(21), list(asked.prompt)
     for _ in range(12):
         mixed = parts.knn_lm.next_token(tokens, Mixture(MIXED.k, MIXED.temperature, MIXED.weight))
@@ -321,7 +322,9 @@ def test_min_new_tokens_holds_for_stop_tokens_and_stop_strings(gpt2: Parts, stor
     assert not set(answers["token"].tokens[:10]) & set(range(1, 250))
 
 
-def test_ignore_eos_goes_on_after_the_end_of_text_but_not_after_a_stop_token(gpt2: Parts, story: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignore_eos_goes_on_after_the_end_of_text_but_not_after_a_stop_token(
+    gpt2: Parts, story: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = next(i for i in range(8, 40) if story.tokens[i] not in story.tokens[:i])
     end = story.tokens[place]
     monkeypatch.setattr(HFLanguageModel, "eos_ids", frozenset({end}))
@@ -389,7 +392,8 @@ def test_one_search_serves_all_rows_that_want_the_same_k(gpt2: Parts, monkeypatc
         return search(queries, k, count)
 
     monkeypatch.setattr(index, "search", counting)
-    complete(make_engine(gpt2.searched_by(index)), *[request(f"{n}", [3 + n], retrieval=MIXED, max_new_tokens=4, ignore_eos=True) for n in range(5)])
+    asked = [request(f"{n}", [3 + n], retrieval=MIXED, max_new_tokens=4, ignore_eos=True) for n in range(5)]
+    complete(make_engine(gpt2.searched_by(index)), *asked)
     assert searches == [5] * 4
 
 
@@ -417,9 +421,9 @@ def test_log_probs_and_alternatives_are_those_before_penalty_and_temperature(par
 
 
 def test_the_share_of_the_neighbours_is_consistent_with_the_log_probs(parts: Parts) -> None:
+    mixtures = {str(weight): RetrievalParams(weight, 8, 10.0) for weight in (0.0, 0.2, 0.8, 1.0)}
     asked = [
-        request(f"{weight}", random_prompt(7, 4), retrieval=RetrievalParams(weight, 8, 10.0), detail=EVERYTHING, max_new_tokens=12, ignore_eos=True)
-        for weight in (0.0, 0.2, 0.8, 1.0)
+        request(name, random_prompt(7, 4), GREEDY, mix, EVERYTHING, max_new_tokens=12, ignore_eos=True) for name, mix in mixtures.items()
     ]
     for name, answer in complete(make_engine(parts), *asked).items():
         weight = float(name)
@@ -461,9 +465,8 @@ def test_neighbours_name_the_place_in_the_document_where_the_token_stands(gpt2: 
 
 
 def test_the_weights_of_neighbours_make_up_the_probability_of_the_token(gpt2: Parts) -> None:
-    asked = request(
-        "a", random_prompt(5, 8), retrieval=NEIGHBORS_ALONE, detail=DetailParams(log_probs=True, neighbors=100), max_new_tokens=10, ignore_eos=True
-    )
+    detail = DetailParams(log_probs=True, neighbors=100)
+    asked = request("a", random_prompt(5, 8), GREEDY, NEIGHBORS_ALONE, detail, max_new_tokens=10, ignore_eos=True)
     for event in complete(make_engine(gpt2), asked)["a"].events:
         assert event.knn_log_prob is not None
         voted = sum(n.weight for n in event.neighbors if n.token_id == event.token_id)
@@ -551,17 +554,32 @@ def test_retrieval_that_fails_ends_all_running_requests_and_the_engine_serves_ne
     index = CountingIndex(gpt2.knn_lm.retriever.index)
     engine = make_engine(gpt2.searched_by(index), max_concurrent=2)
     asked = [replace(one, stopping=replace(one.stopping, max_new_tokens=15)) for one in noise(4)]
-    tokens = np.arange(1, 200, dtype=np.int32) % 300
 
     def breaks() -> None:
         index.failure = RuntimeError("index lost")
 
-    actions = {0: [lambda: [engine.add(one) for one in asked], lambda: engine.add_score(ScoreRequest("s", tuple(tokens.tolist()), MIXED))], 3: [breaks]}
-    answers = drive(engine, actions)
-    assert {name: type(answer.failure) for name, answer in answers.items()} == dict.fromkeys([*(a.request_id for a in asked), "s"], EngineFailed)
-    assert answers["noise-0"].events, "it had begun"
+    scored = ScoreRequest("s", tuple(random_prompt(3000, 1)), MIXED)
+    answers = drive(engine, {0: [lambda: [engine.add(one) for one in asked], lambda: engine.add_score(scored)], 3: [breaks]})
+    assert set(answers) == {*(one.request_id for one in asked), "s"}
+    assert all(isinstance(answer.failure, EngineFailed) for answer in answers.values())
+    assert answers["noise-1"].events, "it had begun"
     index.failure = None
     _serves_anew(gpt2, engine)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_text_that_was_scored_in_the_step_that_failed_is_answered_too(gpt2: Parts, steps: int) -> None:
+    index = CountingIndex(gpt2.knn_lm.retriever.index)
+    engine = make_engine(gpt2.searched_by(index))
+    engine.add(request("a", [5, 6], retrieval=MIXED, max_new_tokens=10, ignore_eos=True))
+    engine.add_score(ScoreRequest("s", (5, 6, 7), LM_ALONE))
+
+    def breaks() -> None:
+        index.failure = RuntimeError("index lost")
+
+    answers = drive(engine, {steps: [breaks]})
+    assert answers["a"].failure is not None
+    assert answers["s"].failure is not None or answers["s"].scores is not None
 
 
 def test_a_forward_pass_that_fails_leaves_nothing_behind(gpt2: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

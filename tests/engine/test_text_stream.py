@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from knnlm_server.text_stream import TextStream
 
 from knnlm.tokenization import REPLACEMENT, TextTokenizer
+from knnlm_server.text_stream import TextStream
 from tests.tiny import byte_fallback_tokenizer, tiny_corpus, tiny_tokenizer
 
 BYTE_LEVEL = TextTokenizer(tiny_tokenizer())
@@ -28,8 +28,8 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 def stream(tokens: list[int], stops: tuple[str, ...], tokenizer: TextTokenizer = BYTE_LEVEL) -> tuple[list[str], TextStream]:
-    """The pieces of text in the order they came, the last one from ``finish``."""
-    texts = TextStream(tokenizer, [], stops)
+    """The pieces of text after the prompt "x" in the order they came, the last one from ``finish``."""
+    texts = TextStream(tokenizer, tokenizer.encode("x"), stops)
     pieces = []
     for token in tokens:
         pieces.append(texts.push(token))
@@ -42,7 +42,7 @@ def stream(tokens: list[int], stops: tuple[str, ...], tokenizer: TextTokenizer =
 @settings(max_examples=300)
 def test_the_pieces_are_the_whole_text_up_to_the_first_stop_string(text: str, stops: tuple[str, ...], tokenizer: TextTokenizer) -> None:
     tokens = tokenizer.encode(text)
-    whole = tokenizer.decode(tokens)
+    whole = tokenizer.decode([*tokenizer.encode("x"), *tokens]).removeprefix("x")
     pieces, texts = stream(tokens, stops, tokenizer)
     assert "".join(pieces) == cut(whole, stops)
     assert texts.stopped == any(stop in whole for stop in stops)
@@ -110,12 +110,20 @@ def test_the_stop_string_that_is_complete_first_decides(stops: tuple[str, ...], 
 
 
 def test_a_stop_string_within_one_token_gives_the_text_before_it() -> None:
-    token = next(t for t in range(300) if len(BYTE_LEVEL.token_text(t)) >= 4)
+    token = next(t for t in range(1, 300) if len(BYTE_LEVEL.token_text(t)) >= 4)
     text = BYTE_LEVEL.token_text(token)
-    texts = TextStream(BYTE_LEVEL, [], (text[2:4],))
-    assert texts.push(token) == text[:2]
-    assert texts.stopped
-    assert texts.finish() == ""
+    # The second is complete first, in one token as it would be in several.
+    for stops in ((text[2:4],), (text[:4], text[2:3])):
+        texts = TextStream(BYTE_LEVEL, [], stops)
+        assert texts.push(token) == text[:2]
+        assert texts.stopped
+        assert texts.finish() == ""
+
+
+def test_a_character_of_four_tokens_is_whole_also_after_a_token_without_text() -> None:
+    tokenizer = TOKENIZERS[1]
+    texts = TextStream(tokenizer, [])
+    assert "".join(texts.push(token) for token in tokenizer.encode("𐀀")) == "𐀀"
 
 
 def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:

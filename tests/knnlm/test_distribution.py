@@ -62,7 +62,9 @@ def test_one_token_is_the_gather_of_the_dense_form(pairs: list[tuple[float, int]
     neighbors = neighbors_of(pairs, missing)
     dense = knn_log_probs(neighbors, temperature, VOCABULARY)[0]
     for token in range(VOCABULARY):
-        torch.testing.assert_close(knn_token_log_probs(neighbors, temperature, torch.tensor([token]))[0], dense[token], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            knn_token_log_probs(neighbors, temperature, torch.tensor([token]))[0], dense[token], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_neighbours_with_the_same_token_add_up() -> None:

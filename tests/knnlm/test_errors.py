@@ -38,4 +38,8 @@ def test_each_error_has_one_base_and_says_what_it_means() -> None:
 
 def test_invalid_input_names_the_field_and_the_problem() -> None:
     error = errors.InvalidInput("--weight", "is 2, but must be from 0 to 1.")
-    assert (error.field, error.problem, str(error)) == ("--weight", "is 2, but must be from 0 to 1.", "--weight: is 2, but must be from 0 to 1.")
+    assert (error.field, error.problem, str(error)) == (
+        "--weight",
+        "is 2, but must be from 0 to 1.",
+        "--weight: is 2, but must be from 0 to 1.",
+    )

@@ -31,9 +31,7 @@ def test_mixture_sums_to_one_and_equals_numpy(seed: int, weight: float) -> None:
     lm, knn = distributions(seed)
     mixed = interpolate(lm, knn, weight)
     np.testing.assert_allclose(mixed.double().exp().sum(1).numpy(), 1, atol=1e-5)
-    expected = np.stack(
-        [reference.mixture(a, np.exp(b), weight) for a, b in zip(lm.double().numpy(), knn.double().numpy(), strict=True)]
-    )
+    expected = np.stack([reference.mixture(a, np.exp(b), weight) for a, b in zip(lm.double().numpy(), knn.double().numpy(), strict=True)])
     np.testing.assert_allclose(mixed.double().numpy(), expected, rtol=1e-5, atol=2e-6)
 
 

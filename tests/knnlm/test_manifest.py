@@ -57,6 +57,13 @@ def store(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def read_or_refusal(store: Path) -> Manifest | None:
+    try:
+        return Manifest.read(store)
+    except StoreError:
+        return None
+
+
 def rewrite(store: Path, change: Any) -> None:
     """Change the manifest and give it a right checksum again."""
     content = read_json_with_checksum(store / MANIFEST)
@@ -80,7 +87,7 @@ def test_fingerprint_leaves_out_the_time_only() -> None:
 
 
 def test_no_folder_no_manifest_and_an_interrupted_build_are_three_things(tmp_path: Path) -> None:
-    with pytest.raises(StoreNotFound, match="no such folder.*knnlm build"):
+    with pytest.raises(StoreNotFound, match=r"no such folder.*knnlm build"):
         Manifest.read(tmp_path / "nowhere")
     (tmp_path / "file").write_text("text")
     with pytest.raises(StoreNotFound):
@@ -107,13 +114,10 @@ def test_any_changed_byte_is_found(store: Path, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(content) - 2))
     content[place] ^= 1 << data.draw(st.integers(0, 7))
     (store / MANIFEST).write_bytes(bytes(content))
-    try:
-        found = Manifest.read(store)
-    except StoreError as damage:
-        assert MANIFEST in str(damage)
-    else:
-        # Only the space between JSON's words may change without a change of meaning.
-        assert found == manifest()
+    # Only the space between JSON's words may change, and only without a change of meaning.
+    if read_or_refusal(store) != manifest():
+        with pytest.raises(StoreError, match=MANIFEST):
+            Manifest.read(store)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 0.5])

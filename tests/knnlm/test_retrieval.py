@@ -43,7 +43,9 @@ def queries_of(keys: np.ndarray, count: int, seed: int = 1) -> torch.Tensor:
     """Some keys themselves, and points near none of them."""
     chance = np.random.default_rng(seed)
     near = keys[chance.integers(0, len(keys), count)].astype(np.float32)
-    return torch.from_numpy(np.where(chance.random((count, 1)) < 0.5, near, near + chance.normal(size=near.shape).astype(np.float32)).astype(np.float32))
+    return torch.from_numpy(
+        np.where(chance.random((count, 1)) < 0.5, near, near + chance.normal(size=near.shape).astype(np.float32)).astype(np.float32)
+    )
 
 
 def assert_same_bits(one: Neighbors, other: Neighbors) -> None:
@@ -90,7 +92,7 @@ def test_distances_and_ids_equal_numpy(seed: int, dtype: str, k: int) -> None:
 
 def test_distances_are_computed_in_float32_from_float16_keys() -> None:
     keys = np.full((4, DIMENSION), 200, dtype=np.float16)
-    keys[1:] = [[199.875], [-200], [4200]]
+    keys[1:] = np.array([[199.875], [-200], [4200]])
     found = exact_retriever(keys).retrieve(torch.full((1, DIMENSION), 200.0), 4)
     assert found.distances[0].tolist() == [0, DIMENSION * 0.125**2, DIMENSION * 400.0**2, DIMENSION * 4000.0**2]
     assert found.ids[0].tolist() == [0, 1, 2, 3]

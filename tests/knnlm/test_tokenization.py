@@ -15,7 +15,9 @@ from tests.tiny import VOCABULARY, byte_fallback_tokenizer, tiny_corpus, tiny_to
 
 TEXTS = st.text(
     st.one_of(
-        st.characters(codec="utf-8", exclude_categories=["Cs"]), st.sampled_from("👩‍🔬🇩🇪é中文日本語 한국어\u200d\ufe0f\u0301"), st.sampled_from("abc \n")
+        st.characters(codec="utf-8", exclude_categories=["Cs"]),
+        st.sampled_from("👩‍🔬🇩🇪é中文日本語 한국어\u200d\ufe0f\u0301"),
+        st.sampled_from("abc \n"),
     ),
     max_size=30,
 )
@@ -100,7 +102,12 @@ def test_bytes_that_are_no_text_do_not_hold_back_what_follows() -> None:
 
 
 def test_special_tokens_give_no_text() -> None:
-    assert stream(byte_level(), [0, *byte_level().encode("ab"), 0]) == ["", *(list("ab") if len(byte_level().encode("ab")) == 2 else ["ab"]), "", ""]
+    assert stream(byte_level(), [0, *byte_level().encode("ab"), 0]) == [
+        "",
+        *(list("ab") if len(byte_level().encode("ab")) == 2 else ["ab"]),
+        "",
+        "",
+    ]
     assert byte_level().token_text(0) == "<|endoftext|>"
     assert byte_level().token_text(VOCABULARY + 5) == f"<{VOCABULARY + 5}>"
     assert byte_level().token_text(byte_level().encode("a")[0]) == "a"

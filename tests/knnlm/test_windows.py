@@ -81,6 +81,6 @@ def test_defaults_are_the_context_up_to_1024_and_half_of_it() -> None:
 
 
 def test_more_than_the_context_is_refused_with_both_numbers() -> None:
-    with pytest.raises(InvalidInput, match="128.*64") as refused:
+    with pytest.raises(InvalidInput, match=r"128.*64") as refused:
         Windowing.for_context(64, max_length=128)
     assert refused.value.field == "max_length"
