@@ -26,7 +26,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 
-WIDTH_OF_NO_TERMINAL = 120
+WIDTH_OF_NO_TERMINAL = 130
 
 
 def _console(*, stderr: bool) -> Console:

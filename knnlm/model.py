@@ -100,7 +100,7 @@ class LanguageModel(Protocol):
 
 
 class HFLanguageModel:
-    """Any Hugging Face ``AutoModelForCausalLM``. See :meth:`load`."""
+    """Any Hugging Face ``AutoModelForCausalLM``. See :meth:`load`. For one thread at a time: its hook keeps one key."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, key_layer: str = "last_ffn_input", key_module: str | None = None) -> None:
         self.name = name

@@ -27,6 +27,7 @@ from knnlm_index_builder.ingest import IngestedCorpus
 
 RECEIPT = "receipt.json"
 FLOAT16_MOST = 65_504
+LEAST_BATCH_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,10 @@ def read_receipt(folder: Path) -> ShardReceipt | None:
 def _encode(batch: list[PlacedWindow], stream: Any, model: LanguageModel, keys: Any, facts: ShardFacts, documents: DocumentTable) -> None:
     length = batch[0].window.input_length
     tokens = np.stack([stream[item.origin + item.window.start :][:length] for item in batch]).astype(np.int64)
-    found = model.forward(torch.from_numpy(tokens).to(model.device), logits=False).keys.float()
-    for item, row in zip(batch, found, strict=True):
+    # Products of a few rows go other ways in BLAS, with other last bits; windows are repeated until there are enough.
+    copies = -(-LEAST_BATCH_TOKENS // tokens.size)
+    found = model.forward(torch.from_numpy(tokens).repeat(copies, 1).to(model.device), logits=False).keys.float()
+    for item, row in zip(batch, found, strict=False):
         target_keys = row[item.window.first_target - 1 - item.window.start :]
         _require_storable(target_keys, keys.dtype, item, documents)
         keys[item.row : item.row + len(target_keys)] = target_keys.cpu().numpy()

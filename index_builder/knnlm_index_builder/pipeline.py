@@ -155,7 +155,9 @@ class _Build:
         self._claim()
         tokenizer = self._model.tokenizer(self._settings.bos, self._settings.eos)
         try:
-            receipt = ingest(corpus, tokenizer, self._model.vocabulary_size, self._scratch, lambda done: progress.update("reading", done, None))
+            receipt = ingest(
+                corpus, tokenizer, self._model.vocabulary_size, self._scratch, lambda done: progress.update("reading", done, None)
+            )
             factory = self._factory(receipt.entries)
         except KNNLMError:
             # Nothing of worth was made yet, so the folder stays free for another corpus or index.
@@ -175,7 +177,9 @@ class _Build:
         """Note the settings on a new store, or compare them with those of the build that was interrupted."""
         path = self._scratch / SETTINGS
         if path.exists():
-            _require_same(json.loads(path.read_text()), self._plan, f"{self._store} holds an unfinished build, to be removed if it is not wanted")
+            _require_same(
+                json.loads(path.read_text()), self._plan, f"{self._store} holds an unfinished build, to be removed if it is not wanted"
+            )
             return
         others = [entry.name for entry in self._store.iterdir() if entry.name != BUILD_FOLDER]
         if others:
@@ -272,9 +276,7 @@ def _plan(corpus: Corpus, model: HFLanguageModel, settings: BuildSettings, windo
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     differences = [f"{name} is {found.get(name)!r} there and {value!r} now" for name, value in wanted.items() if found.get(name) != value]
     if differences:
-        raise StoreMismatch(
-            f"{what}: {'; '.join(differences)}. Choose another --store, or the same input and settings."
-        )
+        raise StoreMismatch(f"{what}: {'; '.join(differences)}. Choose another --store, or the same input and settings.")
 
 
 def _json(content: dict[str, Any]) -> bytes:

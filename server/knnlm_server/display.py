@@ -17,8 +17,10 @@ from knnlm_server.sequence import FinishEvent, NeighborEvidence, TokenEvent
 if TYPE_CHECKING:
     from knnlm_server.client import Completion
 
-# What the columns beside the left context take, roughly.
-_OTHER_COLUMNS = 70
+# What the columns beside place and left context take, roughly, and how wide a place is where there is room.
+_OTHER_COLUMNS = 58
+_PLACE_WIDTH = 34
+_LEAST_WIDTH = 12
 # From nothing (the terminal's own colour) to all of a token's probability.
 _SHARE_STYLES = ((0.1, Style()), (0.35, Style(color="yellow")), (0.65, Style(color="green")), (math.inf, Style(color="green", bold=True)))
 
@@ -45,17 +47,19 @@ def share_style(share: float | None) -> Style:
 
 def neighbor_table(tokens: Iterable[TokenEvent], width: int) -> Table:
     """One row for each neighbour, under the token at whose step it voted; ``width`` is what a line holds."""
+    place = max(_LEAST_WIDTH, min(_PLACE_WIDTH, width // 4))
+    context = max(_LEAST_WIDTH, width - _OTHER_COLUMNS - place)
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     table.add_column("token", no_wrap=True)
     for name in ("p", "kNN", "weight", "distance"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", overflow="fold", min_width=12)
+    table.add_column("where", overflow="fold", min_width=place)
     table.add_column("left context", justify="right", no_wrap=True)
     table.add_column("voted for", no_wrap=True)
     for token in tokens:
         head = (Text(repr(token.token_text), share_style(token.knn_share)), _probability(token.log_prob), _percent(token.knn_share))
         for row, neighbor in enumerate(token.neighbors):
-            table.add_row(*(head if row == 0 else ("", "", "")), *_neighbor_cells(neighbor, max(width - _OTHER_COLUMNS, 12)))
+            table.add_row(*(head if row == 0 else ("", "", "")), *_neighbor_cells(neighbor, context))
     return table
 
 

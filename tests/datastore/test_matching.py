@@ -13,7 +13,7 @@ from knnlm.datastore.manifest import Manifest
 from knnlm.errors import ModelError, StoreMismatch
 from knnlm.knn_lm import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.opening import open_knn_lm
+from knnlm.opening import open_store
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import save, tiny_corpus, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -44,14 +44,14 @@ def test_another_model_is_refused_with_both_sides(part: str, store: Path, tmp_pa
         tokenizer = tiny_tokenizer(adds_bos=True)
     path = save(model, tokenizer, tmp_path / "other")
     with pytest.raises(StoreMismatch) as refused:
-        open_knn_lm(store, model=str(path))
+        open_store(store, model=str(path))
     assert both_sides(refused, store, part, HFLanguageModel.load(path))
 
 
 def test_another_family_is_refused(store: Path, tmp_path: Path) -> None:
     path = save(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
     with pytest.raises(StoreMismatch, match="llama"):
-        open_knn_lm(store, model=str(path))
+        open_store(store, model=str(path))
 
 
 def test_another_key_layer_is_refused_with_both_sides(store: Path, tiny_gpt2_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_another_key_layer_is_refused_with_both_sides(store: Path, tiny_gpt2_pat
 def test_the_key_layer_comes_from_the_manifest(layer: dict[str, str], tiny_gpt2_path: Path, tmp_path: Path) -> None:
     model = HFLanguageModel.load(tiny_gpt2_path, **layer)  # type: ignore[arg-type]
     build(text_folder(tmp_path / "corpus", tiny_corpus(2)), tmp_path / "store", model, index="Flat")
-    assert open_knn_lm(tmp_path / "store").model.key_layer == model.key_layer
+    assert open_store(tmp_path / "store").model.key_layer == model.key_layer
 
 
 def test_a_moved_or_resaved_model_still_fits(tiny_gpt2_path: Path, tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_a_moved_or_resaved_model_still_fits(tiny_gpt2_path: Path, tmp_path: Pat
     build(text_folder(tmp_path / "corpus", tiny_corpus(2)), tmp_path / "store", HFLanguageModel.load(here), index="Flat")
     here.rename(there)
     with pytest.raises(ModelError, match=str(here)):
-        open_knn_lm(tmp_path / "store")
-    assert open_knn_lm(tmp_path / "store", model=str(there)).model.name == str(there)
+        open_store(tmp_path / "store")
+    assert open_store(tmp_path / "store", model=str(there)).model.name == str(there)
     again = save(tiny_gpt2(), tiny_tokenizer(), tmp_path / "again", max_shard_size="20KB")
     assert len(list(again.glob("*.safetensors"))) > 1
-    assert open_knn_lm(tmp_path / "store", model=str(again)).mixture_source == "defaults"
+    assert open_store(tmp_path / "store", model=str(again)).mixture_source == "defaults"
 
 
 def test_commands_take_a_moved_model(store: Path, tiny_gpt2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +101,6 @@ def test_commands_take_a_moved_model(store: Path, tiny_gpt2_path: Path, tmp_path
 
 def test_a_store_may_be_moved(store: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(store, tmp_path / "moved")
-    opened = open_knn_lm(moved, k=4)
+    opened = open_store(moved, k=4)
     assert opened.knn_lm.mixture == Mixture(k=4)
     assert opened.mixture_source == "k given, the rest defaults"

@@ -15,7 +15,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import KNNLMError, StoreDamaged
 from knnlm.knn_lm import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.opening import open_knn_lm
+from knnlm.opening import open_store
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
@@ -61,8 +61,8 @@ def test_compare_takes_the_profile_where_nothing_is_given(store: Path, whole: Pa
 
 
 def test_the_profile_changes_what_compare_finds(store: Path, whole: Path) -> None:
-    assert open_knn_lm(store).knn_lm.mixture == CALIBRATED.mixture
-    assert open_knn_lm(whole).knn_lm.mixture == Mixture()
+    assert open_store(store).knn_lm.mixture == CALIBRATED.mixture
+    assert open_store(whole).knn_lm.mixture == Mixture()
 
 
 def test_inspect_shows_it(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_a_flipped_byte_is_refused_and_found_by_verify(at: int, store: Path, cap
     with pytest.raises(StoreDamaged, match=r"profile\.json is damaged"):
         Profile.read(store)
     with pytest.raises(StoreDamaged, match=r"profile\.json is damaged"):
-        open_knn_lm(store)
+        open_store(store)
     assert knnlm("verify", store, "--json") == 1
     (damage,) = json.loads(capsys.readouterr().out)["damaged"]
     assert str(path) in damage

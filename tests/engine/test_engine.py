@@ -322,6 +322,25 @@ def test_min_new_tokens_holds_for_stop_tokens_and_stop_strings(gpt2: Parts, stor
     assert not set(answers["token"].tokens[:10]) & set(range(1, 250))
 
 
+@pytest.mark.parametrize("sooner", [0, 1])
+def test_min_new_tokens_counts_to_the_token(gpt2: Parts, story: Answer, sooner: int) -> None:
+    """A stop token may be the one after the least number of tokens, and not the last one of them."""
+    place = next(i for i in range(8, 40) if story.tokens[i] not in story.tokens[:i])
+    stopping = {"max_new_tokens": 40, "min_new_tokens": place + sooner, "stop_token_ids": (story.tokens[place],)}
+    answer = complete(make_engine(gpt2), text_request("a", **stopping))["a"]
+    assert answer.tokens[:place] == story.tokens[:place]
+    assert (answer.tokens[place] == story.tokens[place]) is (sooner == 0)
+    assert (len(answer.tokens) == place + 1) is (sooner == 0)
+
+
+def test_a_stop_string_may_end_with_the_last_of_the_least_tokens(gpt2: Parts, story: Answer) -> None:
+    stop = gpt2.knn_lm.tokenizer.decode(story.tokens[:15])[-10:]
+    assert stop not in gpt2.knn_lm.tokenizer.decode(story.tokens[:14])
+    answer = complete(make_engine(gpt2), text_request("a", max_new_tokens=40, min_new_tokens=15, stop_strings=(stop,)))["a"]
+    assert answer.finish is not None
+    assert (answer.finish.reason, len(answer.tokens)) == (FinishReason.STOP_STRING, 15)
+
+
 def test_ignore_eos_goes_on_after_the_end_of_text_but_not_after_a_stop_token(
     gpt2: Parts, story: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,7 +578,10 @@ def test_retrieval_that_fails_ends_all_running_requests_and_the_engine_serves_ne
         index.failure = RuntimeError("index lost")
 
     scored = ScoreRequest("s", tuple(random_prompt(3000, 1)), MIXED)
-    answers = drive(engine, {0: [lambda: [engine.add(one) for one in asked], lambda: engine.add_score(scored)], 3: [breaks]})
+    for one in asked:
+        engine.add(one)
+    engine.add_score(scored)
+    answers = drive(engine, {3: [breaks]})
     assert set(answers) == {*(one.request_id for one in asked), "s"}
     assert all(isinstance(answer.failure, EngineFailed) for answer in answers.values())
     assert answers["noise-1"].events, "it had begun"

@@ -41,7 +41,7 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
 
 
 def stores(cache: SlotCache) -> list[Tensor]:
-    return [store for layer in cache.layers for store in (layer.keys, layer.values)]
+    return cache._stores()
 
 
 def test_one_row_reads_like_a_dynamic_cache(parts: Parts) -> None:

@@ -80,7 +80,7 @@ def test_text_of_a_completion_does_not_depend_on_where_the_prompt_ends(text: str
 def test_stop_strings_that_may_not_stop_yet_are_text(text: str, stops: tuple[str, ...], least: int) -> None:
     tokens = BYTE_LEVEL.encode(text)
     texts = TextStream(BYTE_LEVEL, [], stops)
-    pieces = []
+    pieces, number = [], 0
     for number, token in enumerate(tokens, start=1):
         pieces.append(texts.push(token, may_stop=number >= least))
         assert number >= least or not texts.stopped
@@ -88,6 +88,11 @@ def test_stop_strings_that_may_not_stop_yet_are_text(text: str, stops: tuple[str
             break
     whole = BYTE_LEVEL.decode(tokens)
     assert whole.startswith("".join(pieces))
+    # Stop strings that are complete only now, begun before or not, do stop.
+    now, before = BYTE_LEVEL.decode(tokens[:number]), BYTE_LEVEL.decode(tokens[: number - 1])
+    if number >= least and REPLACEMENT not in now + before:
+        ends = range(len(before) + 1, len(now) + 1)
+        assert texts.stopped == any(now[:end].endswith(stop) for stop in stops for end in ends)
     if not texts.stopped:
         assert "".join(pieces) + texts.finish() == whole
 

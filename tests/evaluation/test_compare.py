@@ -21,7 +21,7 @@ from knnlm.evaluation.scoring import score
 from knnlm.index import Candidates
 from knnlm.knn_lm import KNNLanguageModel, Mixture
 from knnlm.model import HFLanguageModel, find_last_feed_forward
-from knnlm.opening import OpenedKNNLM, open_knn_lm
+from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.retrieval import Retriever
 from knnlm.tokenized import TokenizedDocument, tokenize
 from tests import reference
@@ -42,7 +42,7 @@ def opened(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> O
     folder = tmp_path_factory.mktemp("compare")
     settings = {"index": "Flat", "keys": "float32", "max_length": MAX_LENGTH, "stride": STRIDE, "shard_tokens": 200}
     build(text_folder(folder / "corpus", tiny_corpus(4)), folder / "store", gpt2, **settings)
-    return open_knn_lm(folder / "store")
+    return open_store(folder / "store")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_bits_per_byte_by_hand(bos: str, eos: bool, gpt2: HFLanguageModel, tmp_p
     """Bits of the scored tokens over the UTF-8 bytes that they stand for: all with BOS, else without the first token's."""
     corpus = text_folder(tmp_path / "corpus", TEXTS)
     build(corpus, tmp_path / "store", gpt2, index="Flat", bos=bos, eos=eos)
-    opened = open_knn_lm(tmp_path / "store")
+    opened = open_store(tmp_path / "store")
     held = list(tokenize(Corpus([corpus]), opened.knn_lm.tokenizer, opened.model.vocabulary_size))
     found = compare(opened.knn_lm, opened.store, held, mixture=Mixture(k=4, weight=0.25))
     scored = 0

@@ -15,6 +15,7 @@ Fences of README.md, the other pages at the top and ``docs/``:
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -140,7 +141,7 @@ class Folder:
             assert server.returncode == 0, err
 
     def _place_models(self, words: list[str]) -> None:
-        for option, name in zip(words, words[1:], strict=False):
+        for option, name in itertools.pairwise(words):
             place = self.path / name
             if option == "--model" and not Path(name).is_absolute() and not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def test_every_block_runs(page: Path, folder: Folder) -> None:
         for words in map(shlex.split, commands(block))
         if words[:2] == ["knnlm", "build"]
     ]
-    if any(name.rstrip("/") == "store" for words in builds for option, name in zip(words, words[1:], strict=False) if option == "--store"):
+    if any(name.rstrip("/") == "store" for words in builds for option, name in itertools.pairwise(words) if option == "--store"):
         shutil.rmtree(folder.path / "store")
     for block in found:
         if block.language == "python":
