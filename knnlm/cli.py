@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -119,8 +120,9 @@ def verify(store: Store, json: Json = False) -> None:
     raise typer.Exit(inspection.verify(store, as_json=json))
 
 
+@functools.cache
 def load_commands() -> typer.Typer:
-    """The command with the subcommands of all installed packages."""
+    """The command with the subcommands of all installed packages, each registered once."""
     for found in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         module, _, function = found.value.partition(":")
         getattr(importlib.import_module(module), function)(app)

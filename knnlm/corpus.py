@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from knnlm.arrays import map_array
 from knnlm.errors import CorpusError, InvalidInput
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
@@ -158,14 +159,11 @@ def _is_unicode(text: str) -> bool:
 
 def _read_array(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[Document]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = map_array(path, "r")
+    except ValueError as error:
         raise CorpusError(f"{path} is no NumPy array: {error}.") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise CorpusError(
-            f"{path} must be a 1-D or 2-D array of integer token ids, "
-            f"but is {getattr(array, 'dtype', '?')}{list(getattr(array, 'shape', []))}."
-        )
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise CorpusError(f"{path} must be a 1-D or 2-D array of integer token ids, but is {array.dtype}{list(array.shape)}.")
     if array.ndim == 1:
         yield Document(name, name, tokens=array)
     else:

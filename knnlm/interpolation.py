@@ -25,9 +25,10 @@ def interpolate_at(lm_log_probs: Tensor, tokens: Tensor, knn_log_probs: Tensor, 
     ``tokens`` [n, k] int64 and their ``knn_log_probs`` [n, k]: a token may stand there several times with one value.
     Everything else is (1-λ) p_LM, which needs no logarithm of a sum.
     """
-    per_row = weight[:, None]
-    scaled = torch.where(per_row == 0, lm_log_probs, lm_log_probs + torch.log1p(-per_row).to(lm_log_probs.dtype))
-    return scaled.scatter_(1, tokens, interpolate(lm_log_probs.gather(1, tokens), knn_log_probs, weight))
+    mixed = lm_log_probs + torch.log1p(-weight).to(lm_log_probs.dtype)[:, None]
+    base = (weight == 0).nonzero()[:, 0]
+    mixed[base] = lm_log_probs[base]
+    return mixed.scatter_(1, tokens, interpolate(lm_log_probs.gather(1, tokens), knn_log_probs, weight))
 
 
 def effective_weight(weight: Tensor, found: Tensor) -> Tensor:

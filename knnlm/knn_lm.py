@@ -45,13 +45,23 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One step's result for n rows: ``log_probs`` [n, vocabulary] of the mixture; ``knn_log_probs`` the same of the
-    neighbours (-inf in rows that searched nothing); ``neighbors``; ``weight`` [n] float64, the λ that was used."""
+    """One step's result for n rows: ``log_probs`` [n, vocabulary] of the mixture; ``neighbors`` [n, k]; ``votes``
+    [n, k] float32, log p_kNN of each neighbour's token; ``weight`` [n] float64, the λ that was used."""
 
     log_probs: Tensor
-    knn_log_probs: Tensor
     neighbors: Neighbors
+    votes: Tensor
     weight: Tensor
+
+    @property
+    def knn_log_probs(self) -> Tensor:
+        """log p_kNN [n, vocabulary], -inf where no neighbour has the token and in rows that searched nothing."""
+        return spread(self.neighbors, self.votes, self.log_probs.shape[1])
+
+    def knn_log_prob(self, row: int, token: int) -> float:
+        """One value of :attr:`knn_log_probs`."""
+        votes = self.votes[row][self.neighbors.tokens[row] == token]
+        return float(votes.max()) if len(votes) else -math.inf
 
 
 class KNNLanguageModel:
@@ -69,9 +79,11 @@ class KNNLanguageModel:
         """
         neighbors = self.retriever.retrieve(queries, torch.where(weight > 0, k, 0))
         used = effective_weight(weight, neighbors.found)
+        if neighbors.ids.shape[1] == 0:
+            return Mixed(lm_log_probs, neighbors, neighbors.distances, used)
         votes = neighbor_token_log_probs(neighbors, temperature)
         mixed = interpolate_at(lm_log_probs, neighbors.tokens, votes, used)
-        return Mixed(mixed, spread(neighbors, votes, lm_log_probs.shape[1]), neighbors, used)
+        return Mixed(mixed, neighbors, votes, used)
 
     def mix_all(self, lm_log_probs: Tensor, queries: Tensor, mixture: Mixture) -> Mixed:
         """:meth:`mix` with the same settings for every row."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,9 @@ def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
     return found
 
 
-@functools.cache
-def _command() -> Callable[..., Any]:
-    return cli.load_commands()
-
-
 def knnlm(*arguments: str | Path) -> int:
     """Run the command ``knnlm`` in this process; returns its exit status."""
-    return cli.run(_command(), [str(argument) for argument in arguments])
+    return cli.run(cli.load_commands(), [str(argument) for argument in arguments])
 
 
 def environment() -> dict[str, str]:

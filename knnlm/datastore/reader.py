@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnlm.arrays import map_array
 from knnlm.datastore.documents import DocumentRecord, DocumentTable
 from knnlm.datastore.manifest import FileFacts, Manifest, ShardFacts, file_facts
 from knnlm.errors import InvalidInput, StoreDamaged
@@ -143,8 +144,8 @@ class Datastore:
             path = self.path / "shards" / shard.name / name
             try:
                 # Copy-on-write, so that torch takes it without a warning; nothing ever writes to it.
-                array = np.load(path, mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError) as error:
+                array = map_array(path, "c")
+            except ValueError as error:
                 raise StoreDamaged(f"{path} is damaged: {error}") from error
             if array.dtype != dtype or array.shape != shape(shard):
                 raise StoreDamaged(f"{path} is {array.dtype}{list(array.shape)}, but the manifest says {dtype}{list(shape(shard))}.")

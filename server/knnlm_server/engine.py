@@ -245,7 +245,7 @@ class DecodingEngine:
         detail = sequence.request.detail
         event = {"index": sequence.generated - 1, "token_id": token, "text": text, "token_text": self._tokenizer.token_text(token)}
         if detail.log_probs:
-            log_prob, knn = float(mixed.log_probs[row, token]), float(mixed.knn_log_probs[row, token])
+            log_prob, knn = float(mixed.log_probs[row, token]), mixed.knn_log_prob(row, token)
             weight = float(mixed.weight[row])
             event |= {"log_prob": log_prob, "lm_log_prob": float(lm[row, token])}
             event |= {"knn_log_prob": knn, "knn_share": min(1.0, weight * math.exp(knn - log_prob))} if weight > 0 else {"knn_share": 0.0}

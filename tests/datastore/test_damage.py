@@ -23,7 +23,7 @@ from tests.tiny import tiny_corpus
 SMALL = ("settings.json", "documents.arrow", "index/index.json")
 LARGE = (
     "index/index.faiss",
-    *(f"shards/{shard}/{name}.npy" for shard in ("00000", "00001") for name in ("keys", "values", "tokens", "spans")),
+    *(f"shards/{shard}/{name}.npy" for shard in ("00000", "00001", "00002") for name in ("keys", "values", "tokens", "spans")),
 )
 LISTED = (*SMALL, *LARGE)
 Damage = Callable[[str], Path]
@@ -206,12 +206,12 @@ FIELDS = (
 )
 
 
-@pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("value", [None, 7, "text", [1], {"a": 1}, True], ids=str)
+TEXTS = {"knnlm_version", "created", "documents", "index", "corpus_xxh3"}
+OTHER_KINDS = [(f, v) for f in FIELDS for v in (None, 7, "text", [1], {"a": 1}, True) if not (f in TEXTS and isinstance(v, str))]
+
+
+@pytest.mark.parametrize(("field", "value"), OTHER_KINDS, ids=str)
 def test_a_field_of_another_kind_is_refused_by_name(field: str, value: Any, store: Path) -> None:
-    original = json.loads((store / MANIFEST).read_bytes())[field]
-    if type(value) is type(original) and isinstance(value, str):
-        pytest.skip("this field is a text")
     rewritten(store, **{field: value})
     with pytest.raises((StoreDamaged, StoreVersion), match=r"manifest\.json"):
         Datastore.open(store)
@@ -237,7 +237,7 @@ def test_an_array_with_a_damaged_head_is_refused_or_read(name: str, store: Path)
     path = store / "shards" / "00000" / f"{name}.npy"
     head = path.read_bytes().index(b"\n") + 1
     for at in range(head):
-        for bits in (0x01, 0x10, 0x80):
+        for bits in (0x01, 0x08, 0x10, 0x80):
             flip(path, at, bits)
             try:
                 opened = Datastore.open(store)
@@ -248,6 +248,7 @@ def test_an_array_with_a_damaged_head_is_refused_or_read(name: str, store: Path)
             flip(path, at, bits)
 
 
+# Every byte of these files, with three patterns, was tried once; a sample of them, mostly in the head, stays.
 READ_DAMAGED_INDEX = """
 import os, resource, sys
 from pathlib import Path
@@ -259,9 +260,8 @@ from knnlm.index import FaissIndex
 folder = Path(sys.argv[1])
 path = folder / "index.faiss"
 content = path.read_bytes()
-at_most = len(content) if len(content) < 400 else 300
-for at in [*range(at_most), *range(at_most, len(content), max(1, len(content) // 40))]:
-    for bits in (0x01, 0x80, 0xFF):
+for at in [*range(0, 100, 5), *range(100, len(content), max(1, len(content) // 6))]:
+    for bits in (0x81,):
         damaged = bytearray(content)
         damaged[at] ^= bits
         path.write_bytes(damaged)

@@ -104,7 +104,9 @@ def test_arrays_that_are_no_tokens_are_refused(array: Any, problem: str, gpt2: H
 
 
 def test_a_file_that_is_no_array_is_named(gpt2: HFLanguageModel, tmp_path: Path) -> None:
-    for number, content in enumerate([b"", b"no array", b"\x93NUMPY\x01\x00"]):
+    for number, content in enumerate(
+        [b"", b"no array", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x06\x00{'a': ", b"PK\x05\x06" + bytes(18)]
+    ):
         path = tmp_path / f"{number}.npy"
         path.write_bytes(content)
         with pytest.raises(CorpusError, match=rf"{number}\.npy is no NumPy array"):

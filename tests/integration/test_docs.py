@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.testing
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from knnlm import cli
 from knnlm.model import HFLanguageModel
 from tests.stores import build, environment, text_folder
-from tests.tiny import tiny_corpus
+from tests.tiny import VOCABULARY, save, tiny_corpus, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")})
@@ -159,19 +161,27 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def prepared(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with room for the completions that pages ask for by default."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=0)
+    return save(GPT2LMHeadModel(config).eval(), tiny_tokenizer(), tmp_path_factory.mktemp("models") / "roomy")
+
+
+@pytest.fixture(scope="module")
+def prepared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     text_folder(folder / "corpus", tiny_corpus(30))
     (folder / "heldout.txt").write_text("".join(tiny_corpus(3, seed=50)))
-    build(folder / "corpus", folder / "store", gpt2)
+    build(folder / "corpus", folder / "store", HFLanguageModel.load(model))
     return folder
 
 
 @pytest.fixture
-def folder(prepared: Path, tiny_gpt2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
+def folder(prepared: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
     path = Path(shutil.copytree(prepared, tmp_path / "work"))
     monkeypatch.chdir(path)
-    running = Folder(path, tiny_gpt2_path)
+    running = Folder(path, model)
     yield running
     running.close()
 

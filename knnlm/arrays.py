@@ -1,0 +1,21 @@
+"""NumPy files: memory-mapped, and a damaged one fails in one way. Knows nothing of what they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any, Literal
+
+import numpy as np
+
+
+def map_array(path: Path, mode: Literal["r", "c"]) -> np.ndarray[Any, Any]:
+    """The array of a ``.npy`` file, read-only (``r``) or copy-on-write (``c``). Raises ValueError if it is none."""
+    try:
+        found = np.load(path, mmap_mode=mode, allow_pickle=False)
+    # NumPy parses a head as Python, and lets the parser's errors through.
+    except (OSError, EOFError, SyntaxError, TokenError) as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError("it is an archive of arrays")
+    return found
