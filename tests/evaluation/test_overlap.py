@@ -27,7 +27,21 @@ def sequences(tokens: list[int]) -> list[tuple[int, ...]]:
 
 @given(st.lists(TOKENS, max_size=4), st.lists(TOKENS.filter(len), min_size=1, max_size=4), st.integers(1, 40))
 def test_it_equals_brute_force(documents: list[list[int]], shards: list[list[int]], chunk: int) -> None:
-    """Sequences of the store may run from one shard, or piece that is read, into the next."""
+    check(documents, shards, chunk)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 100), st.integers(NGRAM, 40), st.booleans()), max_size=5),
+    st.integers(1, 40),
+)
+def test_pieces_of_the_store_are_found_wherever_they_lie(shards: list[list[int]], pieces: list[tuple[int, int, bool]], chunk: int) -> None:
+    """Also from one shard, or piece that is read, into the next."""
+    stream = [token for shard in shards for token in shard]
+    check([stream[start : start + length] + [99] * other for start, length, other in pieces], shards, chunk)
+
+
+def check(documents: list[list[int]], shards: list[list[int]], chunk: int) -> None:
     stored = set(sequences([token for shard in shards for token in shard]))
     wanted = [found for document in documents for found in sequences(document)]
     expected = sum(found in stored for found in wanted) / len(wanted) if wanted else 0.0
