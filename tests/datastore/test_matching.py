@@ -37,7 +37,7 @@ def test_another_model_is_refused_with_both_sides(part: str, store: Path, tmp_pa
     model, tokenizer = tiny_gpt2(), tiny_tokenizer()
     if part == "weights":
         with torch.no_grad():
-            model.transformer.h[0].mlp.c_fc.bias[3] += 1e-6
+            model.get_parameter("transformer.h.0.mlp.c_fc.bias")[3] += 1e-6
     elif part == "configuration":
         model.config.layer_norm_epsilon = 1e-6
     else:

@@ -40,7 +40,7 @@ def held_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def opened(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> OpenedKNNLM:
     folder = tmp_path_factory.mktemp("compare")
-    settings = {"index": "Flat", "keys": "float32", "max_length": MAX_LENGTH, "stride": STRIDE, "shard_tokens": 200}
+    settings: dict[str, Any] = {"index": "Flat", "keys": "float32", "max_length": MAX_LENGTH, "stride": STRIDE, "shard_tokens": 200}
     build(text_folder(folder / "corpus", tiny_corpus(4)), folder / "store", gpt2, **settings)
     return open_store(folder / "store")
 
@@ -238,7 +238,7 @@ def test_bits_per_byte_by_hand(bos: str, eos: bool, gpt2: HFLanguageModel, tmp_p
     for text in TEXTS:
         first = tiny_tokenizer().encode(text, add_special_tokens=False)[0]
         whole = len(text.encode("utf-8"))
-        scored += whole if bos == "yes" else whole - len(tiny_tokenizer().decode([first]).encode("utf-8"))
+        scored += whole if bos == "yes" else whole - len(str(tiny_tokenizer().decode([first])).encode("utf-8"))
     for result, log_probs in ((found.base, found.per_token.lm_logprob), (found.knn, found.per_token.logprob)):
         bits = -log_probs.astype(np.float64).sum() / math.log(2)
         assert result.bits_per_byte == pytest.approx(bits / scored, rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_stores_round_trip_at_any_shard_size(
     expected = reference.score(hf, find_last_feed_forward(hf), documents, windowing.max_length, windowing.stride)
     with tempfile.TemporaryDirectory() as folder:
         corpus = token_folder(Path(folder) / "corpus", documents)
-        options = {"max_length": windowing.max_length, "stride": windowing.stride, "keys": "float32", "index": "exact"}
+        options: dict[str, Any] = {"max_length": windowing.max_length, "stride": windowing.stride, "keys": "float32", "index": "exact"}
         build(corpus, Path(folder) / "store", gpt2, shard_tokens=shard_tokens, **options)
         store = Datastore.open(Path(folder) / "store", verify=True)
         keys, values = store.keys.slice(0, len(store)).numpy(), store.values.slice(0, len(store)).numpy()

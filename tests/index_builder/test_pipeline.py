@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from knnlm import index
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import CorpusError, InvalidInput, KNNLMError, NonFiniteKey, StoreError, StoreIncomplete, StoreLocked, StoreMismatch
@@ -206,7 +207,7 @@ def test_killed_between_stages(
 def test_killed_while_the_index_is_trained_and_filled(
     steps: int, corpus: Path, gpt2: HFLanguageModel, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.build_index
+    real = index.build_index
 
     def stopping(*arguments: Any, **options: Any) -> Iterator[tuple[str, int, int]]:
         yield from itertools.islice(real(*arguments, **options), steps)
