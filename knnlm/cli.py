@@ -55,7 +55,7 @@ def compare(
         Path | None, typer.Option("--per-token", help="Write per-token log-probabilities to this .npz file.", show_default=False)
     ] = None,
     split_documents: Annotated[
-        str | None, typer.Option(help="Regular expression; a new document begins at each match.", show_default="as built")
+        str | None, typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="as built")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)] = 2048,
     model: Model = None,

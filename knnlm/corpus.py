@@ -60,12 +60,12 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         """All documents. Raises :class:`CorpusError` naming file and place for what can't be read, or an id used twice."""
-        seen: dict[str, str] = {}
+        seen: dict[str, Path] = {}
         for name, path in self._files:
             for document in READERS.get(path.suffix, _read_text)(name, path, self._cut):
                 if document.id in seen:
-                    raise CorpusError(f"Two documents have the id {document.id!r}: in {seen[document.id]} and {document.source}.")
-                seen[document.id] = document.source
+                    raise CorpusError(f"Two documents have the id {document.id!r}: in {seen[document.id]} and {path}.")
+                seen[document.id] = path
                 yield document
 
     def digest(self) -> str:

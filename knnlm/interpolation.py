@@ -26,8 +26,8 @@ def interpolate_at(lm_log_probs: Tensor, tokens: Tensor, knn_log_probs: Tensor, 
     Everything else is (1-λ) p_LM, which needs no logarithm of a sum.
     """
     mixed = lm_log_probs + torch.log1p(-weight).to(lm_log_probs.dtype)[:, None]
-    base = (weight == 0).nonzero()[:, 0]
-    mixed[base] = lm_log_probs[base]
+    if bool((base := weight == 0).any()):
+        mixed[base] = lm_log_probs[base]
     return mixed.scatter_(1, tokens, interpolate(lm_log_probs.gather(1, tokens), knn_log_probs, weight))
 
 

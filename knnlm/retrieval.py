@@ -47,11 +47,12 @@ class Retriever:
         are searched together with those of the same k, so neither batch nor order changes a row's result.
         """
         queries = queries.float()
-        wanted = torch.as_tensor(k).expand(len(queries)) if torch.as_tensor(k).ndim == 0 else torch.as_tensor(k)
-        if len(wanted) and int(wanted.min()) < 0:
-            raise InvalidInput("k", f"is {int(wanted.min())}, but must be 0 or more.")
-        sizes = [size for size in wanted.unique().tolist() if size > 0]
-        if len(sizes) == 1 and bool((wanted > 0).all()):
+        wanted = torch.as_tensor(k).expand(len(queries))
+        distinct = sorted(set(wanted.tolist()))
+        if distinct and distinct[0] < 0:
+            raise InvalidInput("k", f"is {distinct[0]}, but must be 0 or more.")
+        sizes = [size for size in distinct if size > 0]
+        if len(distinct) == 1 and sizes:
             return self._same_k(queries, sizes[0])
         out = Neighbors.empty(len(queries), max(sizes, default=0))
         for size in sizes:

@@ -26,7 +26,8 @@ def build(
     bos: Annotated[str, typer.Option(help="Begin documents with BOS: auto (as the tokenizer does), yes or no.")] = "auto",
     eos: Annotated[bool, typer.Option("--eos", help="End documents with EOS.")] = False,
     split_documents: Annotated[
-        str | None, typer.Option(help="Regular expression; a new document begins at each match.", show_default="a file is a document")
+        str | None,
+        typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="a file is a document"),
     ] = None,
     key_layer: Annotated[str, typer.Option(help="last_ffn_input or last_hidden.")] = "last_ffn_input",
     key_module: Annotated[str | None, typer.Option(help="Take the input of this module as key.", show_default=False)] = None,
