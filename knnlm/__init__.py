@@ -14,7 +14,8 @@ __version__ = version("knnlm")
 if TYPE_CHECKING:
     from knnlm.datastore.reader import Datastore
     from knnlm.evaluation.compare import Comparison, compare
-    from knnlm.knn_lm import KNNLanguageModel, Mixture
+    from knnlm.knn_lm import KNNLanguageModel
+    from knnlm.mixture import Mixture
     from knnlm.model import HFLanguageModel
     from knnlm.opening import open_store
     from knnlm.sampling import SamplingParams
@@ -24,7 +25,7 @@ _HOMES = {
     "Datastore": "knnlm.datastore.reader",
     "HFLanguageModel": "knnlm.model",
     "KNNLanguageModel": "knnlm.knn_lm",
-    "Mixture": "knnlm.knn_lm",
+    "Mixture": "knnlm.mixture",
     "SamplingParams": "knnlm.sampling",
     "compare": "knnlm.evaluation.compare",
     "open_store": "knnlm.opening",

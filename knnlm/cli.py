@@ -76,7 +76,7 @@ def compare(
     from knnlm.opening import open_store
 
     if per_token is not None and not per_token.parent.is_dir():
-        raise InvalidInput("per_token", f"there is no folder {per_token.parent} to write {per_token.name} into.")
+        raise InvalidInput("per_token", f"is {per_token}, but there is no folder {per_token.parent}.")
     quiet_transformers()
     opened = open_store(
         store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,

@@ -115,7 +115,8 @@ class ProgressReporter:
         whole = "" if self._total is None else f" of {self._total:,}"
         missing = (self._total or 0) - self._last
         left = f", about {missing / rate:.0f} s left" if missing > 0 and rate else ""
-        messages.print(f"{self._stage}: {self._last:,}{whole}, {rate:,.0f}/s{left}")
+        speed = f", {rate:,.0f}/s" if rate else ""
+        messages.print(f"{self._stage}: {self._last:,}{whole}{speed}{left}")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import random
 from transformers.cache_utils import DynamicCache
 
 from knnlm.errors import InvalidInput
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.sampling import SamplingParams, sample
 

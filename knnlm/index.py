@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -353,4 +354,5 @@ def _write_facts(folder: Path, facts: IndexFacts) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[-1][:200]
+    """What FAISS said, without the function and source line that it says first."""
+    return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().split("\n")[-1])[:200]

@@ -102,7 +102,7 @@ def verify(path: Path, *, as_json: bool) -> int:
         console.print_json({"files": len(manifest.files), "damaged": damage})
     elif damage:
         for sentence in damage:
-            console.out.print(sentence)
+            console.out.print(sentence, soft_wrap=True)
     else:
         Datastore.open(path)
         console.out.print(

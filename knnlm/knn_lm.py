@@ -17,30 +17,11 @@ from torch import Tensor
 from knnlm.distribution import neighbor_token_log_probs, spread
 from knnlm.errors import InvalidInput
 from knnlm.interpolation import effective_weight, interpolate_at
+from knnlm.mixture import Mixture
 from knnlm.model import LanguageModel
 from knnlm.neighbors import Neighbors
 from knnlm.retrieval import Retriever
 from knnlm.tokenization import TextTokenizer
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Settings of the mixture. ``k`` neighbours; ``temperature`` T of softmax(-d/T), in units of squared distance;
-    ``weight`` λ of the neighbours' distribution, 0 to 1."""
-
-    k: int = 64
-    temperature: float = 10.0
-    weight: float = 0.2
-
-    def validate(self) -> Mixture:
-        """Return self; raise :class:`InvalidInput` naming the field that is out of range."""
-        if self.k < 1:
-            raise InvalidInput("k", f"is {self.k}, but must be 1 or more.")
-        if not 0 < self.temperature < math.inf:
-            raise InvalidInput("knn_temperature", f"is {self.temperature}, but must be above 0, and finite.")
-        if not 0 <= self.weight <= 1:
-            raise InvalidInput("weight", f"is {self.weight}, but must be from 0 to 1.")
-        return self
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class HFLanguageModel:
                 str(name), dtype="auto", attn_implementation=attention, output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            if str(name).startswith(("/", ".", "~")) and not Path(name).is_dir():
+                raise ModelError(f"There is no folder {str(name)!r}; name a model on the hub, or the folder of one.") from error
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"The model {str(name)!r} can't be loaded: {reason}") from error
         model, loading = loaded

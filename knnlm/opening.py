@@ -12,7 +12,8 @@ from knnlm.datastore.reader import Datastore
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
 from knnlm.index import open_index
-from knnlm.knn_lm import KNNLanguageModel, Mixed, Mixture
+from knnlm.knn_lm import KNNLanguageModel, Mixed
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams

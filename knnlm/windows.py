@@ -24,7 +24,7 @@ class Windowing:
         if self.max_length < 2:
             raise InvalidInput("max_length", f"is {self.max_length}, but a window needs at least 2 tokens.")
         if not 1 <= self.stride <= self.max_length:
-            raise InvalidInput("stride", f"is {self.stride}, but must be from 1 to max_length ({self.max_length}).")
+            raise InvalidInput("stride", f"is {self.stride}, but must be from 1 to the max length of {self.max_length}.")
 
     @classmethod
     def for_context(cls, context: int, max_length: int | None = None, stride: int | None = None) -> Windowing:

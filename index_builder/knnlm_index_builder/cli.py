@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from knnlm.errors import InvalidInput
+from knnlm.errors import CorpusError, InvalidInput
 
 
 def register(app: typer.Typer) -> None:
@@ -62,7 +62,7 @@ def build(
     ).validate()  # fmt: skip
     for path in text:
         if not path.exists():
-            raise InvalidInput("text", f"there is no file or folder {path}.")
+            raise CorpusError(f"There is no file or folder {path}.")
     console.quiet_transformers()
     loaded = HFLanguageModel.load(
         model,

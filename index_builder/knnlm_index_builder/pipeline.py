@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -273,8 +273,15 @@ def _plan(corpus: Corpus, model: HFLanguageModel, settings: BuildSettings, windo
     }
 
 
+PLAN_NAMES = {"corpus": "the text (xxh3 of its content)"}
+
+
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    differences = [f"{name} is {found.get(name)!r} there and {value!r} now" for name, value in wanted.items() if found.get(name) != value]
+    differences = [
+        f"{PLAN_NAMES.get(name, name)} is {found.get(name)!r} there and {value!r} now"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
     if differences:
         raise StoreMismatch(f"{what}: {'; '.join(differences)}. Choose another --store, or the same input and settings.")
 
@@ -302,3 +309,6 @@ def _locked(store: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        # A build that was refused before it began leaves nothing behind; a folder that holds something stays.
+        with suppress(OSError):
+            store.rmdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from knnlm.datastore.manifest import read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import InvalidInput, StoreDamaged
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 
 PROFILE = "profile.json"
 

@@ -13,7 +13,8 @@ from knnlm.datastore.reader import Datastore
 from knnlm.errors import CorpusError
 from knnlm.evaluation.overlap import ngram_overlap
 from knnlm.evaluation.scoring import score
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel
+from knnlm.mixture import Mixture
 from knnlm.tokenized import TokenizedDocument
 
 FEWEST_DOCUMENT_CLUSTERS = 20

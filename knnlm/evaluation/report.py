@@ -12,6 +12,8 @@ from knnlm import console
 from knnlm.evaluation.compare import Comparison, Perplexity, PerToken, per_token_arrays
 from knnlm.opening import OpenedKNNLM
 
+MUCH_OVERLAP = 0.1
+
 
 def write_per_token(path: Path, per_token: PerToken) -> None:
     """Write the per-token arrays as an uncompressed ``.npz`` under exactly the name given."""
@@ -46,11 +48,16 @@ def show(opened: OpenedKNNLM, comparison: Comparison, *, as_json: bool, skipped:
         f"better on {comparison.better:.1%} of tokens, worse on {comparison.worse:.1%}"
     )
     console.out.print(f"{comparison.tokens:,} tokens of {comparison.documents:,} documents; standard errors over {comparison.clusters}")
+    impossible = int(np.isneginf(comparison.per_token.logprob).sum())
+    if impossible:
+        console.out.print(f"{impossible:,} tokens have probability 0: with weight 1, what no neighbour has is impossible")
     console.out.print(f"{comparison.overlap:.2%} of the text's 13-token sequences stand in the datastore")
     console.out.print(
         f"k={mixture.k}, kNN temperature={mixture.temperature:g}, weight={mixture.weight:g} ({opened.mixture_source}); "
         f"windows of {manifest.windowing.max_length} tokens, stride {manifest.windowing.stride}; {settings['index']}"
     )
+    if comparison.overlap > MUCH_OVERLAP:
+        console.messages.print("warning: much of this text stands in the datastore; the figure says little about new text")
     if skipped:
         console.messages.print(f"left out {len(skipped)} binary files: {', '.join(skipped[:5])}")
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from knnlm.distribution import knn_token_log_probs
 from knnlm.interpolation import effective_weight, interpolate
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel
+from knnlm.mixture import Mixture
 from knnlm.neighbors import Neighbors
 from knnlm.windows import PlacedWindow, Windowing, length_batches, windows
 

@@ -234,8 +234,6 @@ def build_async_engine(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     limits = Limits(context=_context(opened.model, context), max_concurrent=max_concurrent)
-    if opened.knn_lm.mixture.k > limits.max_k:
-        raise InvalidInput("k", f"is {opened.knn_lm.mixture.k} by default, but a request may have at most {limits.max_k}.")
     if not allow_unproven:
         check_servable(opened.model, limits.context)
     return AsyncEngine(opened.knn_lm, opened.model, opened.store, _info(opened, limits))

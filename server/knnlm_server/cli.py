@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import Device, Dtype, Json, Model, Store, TrustRemoteCode, Verify
+from knnlm.errors import InvalidInput
 
 if TYPE_CHECKING:
     from knnlm_server.app import GenerationServer
@@ -124,7 +127,38 @@ def generate(
         "neighbors": neighbors,
         "log_probs": neighbors > 0 or json,
     }
-    _complete(sys.stdin.read() if prompt == "-" else prompt, target, timeout, options, json)
+    _require_positive("timeout", timeout)
+    with _fields_as_options():
+        _complete(_standard_input() if prompt == "-" else prompt, target, timeout, options, json)
+
+
+OPTIONS = {"interpolation_weight": "weight", "off": "no_retrieval", "stop_strings": "stop", "text": "prompt"}
+"""Options that have another name than the field of the request that they fill."""
+
+
+@contextmanager
+def _fields_as_options() -> Iterator[None]:
+    """A field that the server or the client refuses is named as the option that the user typed."""
+    try:
+        yield
+    except InvalidInput as error:
+        name = error.field.rsplit(".", 1)[-1].split("[")[0]
+        problem = error.problem.replace("options.truncate_prompt", "--truncate-prompt")
+        raise InvalidInput(OPTIONS.get(name, name), problem) from error
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            "prompt", f"from standard input is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}."
+        ) from error
+
+
+def _require_positive(option: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise InvalidInput(option, f"is {value:g}, but must be above 0.")
 
 
 def _complete(prompt: str, target: str, timeout: float | None, options: GenerationOptions, json: bool) -> None:

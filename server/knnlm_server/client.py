@@ -354,7 +354,8 @@ def _put(message: Message, path: str, name: str, value: Any) -> None:
         else:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{path}.{name}".lstrip("."), f"can't be sent: {error}.") from error
+        problem = f"is {value}, which is negative or too large" if isinstance(value, int) else f"can't be sent: {error}"
+        raise InvalidInput(f"{path}.{name}".lstrip("."), f"{problem}.") from error
 
 
 def _require_known(name: str, known: Iterable[str]) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from knnlm.datastore.reader import Datastore
 from knnlm.distribution import log_weights
 from knnlm.evaluation.scoring import ScoredBatch, score
-from knnlm.knn_lm import KNNLanguageModel, Mixed, Mixture
+from knnlm.knn_lm import KNNLanguageModel, Mixed
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.sampling import sample
 from knnlm_server.errors import EngineFailed

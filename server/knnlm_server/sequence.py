@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from knnlm.mixture import MOST_NEIGHBORS
 from knnlm.sampling import SamplingParams
 
 
@@ -147,7 +148,7 @@ class Limits:
     """What one request may ask for, and what the server takes on. ``context``: prompt and completion together."""
 
     context: int
-    max_k: int = 4096
+    max_k: int = MOST_NEIGHBORS
     max_alternatives: int = 100
     max_neighbors: int = 100
     max_concurrent: int = 8

@@ -11,7 +11,7 @@ import torch
 
 from knnlm.datastore.manifest import Manifest
 from knnlm.errors import ModelError, StoreMismatch
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store
 from tests.stores import build, knnlm, text_folder

@@ -13,7 +13,7 @@ from knnlm.datastore.manifest import write_json_with_checksum
 from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import KNNLMError, StoreDamaged
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store
 from tests.stores import build, knnlm, text_folder

@@ -10,7 +10,8 @@ import torch
 
 from knnlm.datastore.reader import Datastore
 from knnlm.index import open_index
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.retrieval import Retriever
 from knnlm_index_builder.pipeline import BuildSettings, build_datastore

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import LogitNormalization, RepetitionPenaltyLogitsProcessor
 
 from knnlm.evaluation.scoring import score
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.sampling import SamplingParams
 from knnlm.sampling import sample as real_sample

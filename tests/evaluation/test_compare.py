@@ -19,7 +19,8 @@ from knnlm.errors import CorpusError
 from knnlm.evaluation.compare import TOKENS_PER_CLUSTER, Comparison, _standard_error, compare
 from knnlm.evaluation.scoring import score
 from knnlm.index import Candidates
-from knnlm.knn_lm import KNNLanguageModel, Mixture
+from knnlm.knn_lm import KNNLanguageModel
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel, find_last_feed_forward
 from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.retrieval import Retriever
@@ -70,7 +71,7 @@ def slow(held: list[TokenizedDocument]) -> Slow:
 
 
 @pytest.mark.parametrize(
-    "mixture", [Mixture(1, 1.0, 0.5), Mixture(8, 20.0, 0.25), Mixture(64, 100.0, 0.9), Mixture(10_000, 5.0, 0.3)], ids=str
+    "mixture", [Mixture(1, 1.0, 0.5), Mixture(8, 20.0, 0.25), Mixture(64, 100.0, 0.9), Mixture(4096, 5.0, 0.3)], ids=str
 )
 def test_it_equals_the_reference(mixture: Mixture, opened: OpenedKNNLM, held: list[TokenizedDocument], slow: Slow) -> None:
     found = compare(opened.knn_lm, opened.store, held, mixture=mixture)
@@ -336,7 +337,7 @@ def test_the_table_says_what_was_used(opened: OpenedKNNLM, held_folder: Path, ca
         (["--dtype", "int8"], 2, "--dtype is 'int8'"),
         (["--device", "gpu0"], 2, "--device is 'gpu0'"),
         (["--split-documents", "("], 2, "--split-documents"),
-        (["--per-token", "/nowhere/at/all.npz"], 2, "--per-token there is no folder /nowhere/at"),
+        (["--per-token", "/nowhere/at/all.npz"], 2, "there is no folder /nowhere/at"),
         (["--text", "/nowhere/at/all"], 1, "There is no file or folder /nowhere/at/all"),
     ],
 )

@@ -23,7 +23,7 @@ import torch
 from knnlm.distribution import knn_token_log_probs
 from knnlm.evaluation.scoring import score
 from knnlm.interpolation import effective_weight, interpolate
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.neighbors import Neighbors
 from knnlm.opening import OpenedKNNLM, open_store

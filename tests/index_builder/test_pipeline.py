@@ -325,7 +325,7 @@ def test_other_input_or_model_is_refused(
     complete: bool, gpt2: HFLanguageModel, llama: HFLanguageModel, corpus: Path, half_and_whole: dict[bool, Path], tmp_path: Path
 ) -> None:
     other = text_folder(tmp_path / "stories", [*tiny_corpus(8), "", "b", *tiny_corpus(4, seed=9)])
-    with pytest.raises(StoreMismatch, match=r"corpus is '[0-9a-f]{32}' there and '[0-9a-f]{32}' now"):
+    with pytest.raises(StoreMismatch, match=r"the text \(xxh3 of its content\) is '[0-9a-f]{32}' there and '[0-9a-f]{32}' now"):
         build(other, half_and_whole[complete], gpt2, **SETTINGS)
     with pytest.raises(StoreMismatch, match=r"model weights is '[0-9a-f]{32}' there and '[0-9a-f]{32}' now"):
         build(corpus, half_and_whole[complete], llama, **SETTINGS)

@@ -29,7 +29,7 @@ from knnlm.datastore.manifest import (
 )
 from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.errors import StoreDamaged, StoreError, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
-from knnlm.knn_lm import Mixture
+from knnlm.mixture import Mixture
 from knnlm.model import KeyLayer, ModelFingerprint
 from knnlm.windows import Windowing
 
