@@ -16,6 +16,7 @@ from knnlm import __version__
 from knnlm.errors import InvalidInput, KNNLMError
 
 COMMANDS = "knnlm.commands"
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="knnlm",
@@ -147,14 +148,16 @@ def run(command: Any, arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}.", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted.", 130)
+        return _fail("interrupted.", INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
-            return _fail("interrupted.", 130)
+            return _fail("interrupted.", INTERRUPTED)
         raise
+    if status == INTERRUPTED:  # typer turns an interrupt into this status without a word
+        return _fail("interrupted.", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

@@ -73,10 +73,14 @@ def build(
         key_layer=key_layer,
         key_module=key_module,
     )
-    with console.progress() as reporter:
-        result = build_datastore(
-            text, store, loaded, settings, reporter, batch_tokens=batch_size, revision=revision, trust_remote_code=trust_remote_code
-        )
+    try:
+        with console.progress() as reporter:
+            result = build_datastore(
+                text, store, loaded, settings, reporter, batch_tokens=batch_size, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except KeyboardInterrupt:
+        console.messages.print(f"What is finished stays in {store}; the same command goes on from there.")
+        raise
     if result.skipped:
         console.messages.print(f"left out {len(result.skipped)} binary files: {', '.join(result.skipped[:5])}")
     if result.empty:
