@@ -227,7 +227,7 @@ def wrong(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("line", "status", "named"),
     [
-        ("build NOWHERE --model OTHER --store NEW", 2, "NOWHERE"),
+        ("build NOWHERE --model OTHER --store NEW", 1, "NOWHERE"),
         ("build CORPUS --model NO_MODEL --store NEW", 1, "NO_MODEL"),
         ("compare STORE --text EMPTY", 1, "EMPTY"),
         ("compare DAMAGED --text HELD", 1, "DAMAGED/shards/00000/keys.npy"),
