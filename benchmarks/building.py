@@ -24,7 +24,7 @@ def run(inputs: Inputs, folder: Path, rounds: int) -> dict[str, float]:
     """Ratio of entries per second, wall and CPU; at least 0.8 is asked for."""
     model = inputs.model
     receipt = ingest(Corpus([inputs.corpus]), model.tokenizer(), model.vocabulary_size, folder / "ingested", lambda done: None)
-    documents = DocumentTable(folder / "ingested" / DOCUMENTS)
+    documents = DocumentTable([folder / "ingested" / DOCUMENTS])
     stream = IngestedCorpus.open(folder / "ingested", pretokenized=False)
     windowing = Windowing.for_context(model.context)
     facts = plan_shards(documents, windowing, min(TOKENS, receipt.tokens))[0]

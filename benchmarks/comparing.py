@@ -34,11 +34,12 @@ def run(inputs: Inputs, opened: OpenedKNNLM, rounds: int) -> dict[str, float]:
         columns = [np.arange(w.window.input_length - w.window.target_count, w.window.input_length) for w in batch]
         batches.append((torch.from_numpy(stacked), max(map(len, columns)), columns))
     k = knn_lm.mixture.k
-    count = math.ceil(knn_lm.retriever.overfetch * k)
+    setting = knn_lm.retriever.settings.for_k(k)
+    count = math.ceil(setting.overfetch * k)
     index = knn_lm.retriever.index
     assert isinstance(index, FaissIndex)
     keys = torch.cat([piece for _, piece in store.keys.chunks(1 << 20)])
-    raw, parameters, model = index._index, index._parameters(k), opened.model
+    raw, parameters, model = index._index, index._parameters(setting.probes, None), opened.model
 
     def bare() -> None:
         for tokens, widest, columns in batches:

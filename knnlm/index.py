@@ -18,14 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from knnlm.datastore.manifest import read_json_with_checksum, write_json_with_checksum
+from knnlm.datastore.files import read_json_with_checksum, write_json_with_checksum
 from knnlm.datastore.reader import ShardedRows
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import IndexingError, InvalidInput, MissingDependency, StoreDamaged
 
 EXACT = "exact"
 INDEX_FILE, INDEX_METADATA = "index.faiss", "index.json"
-CANDIDATES_PER_NEIGHBOR = 10
-LEAST_PROBES, MOST_PROBES = 16, 256
 TRAINING_POINTS_PER_LIST, FEWEST_TRAINING_POINTS = 64, 20_000
 GPU_LIMIT = 2048
 GPU_PQ_SIZES = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4)
@@ -49,13 +48,18 @@ class NeighborIndex(Protocol):
         """What kind of index it is, for people."""
 
     @property
+    def nlist(self) -> int:
+        """Cells of its inverted file; 0 without one."""
+
+    @property
     def entries(self) -> int:
         """Number of entries it holds."""
 
-    def search(self, queries: Tensor, k: int, count: int) -> Candidates:
+    def search(self, queries: Tensor, k: int, count: int, *, probes: int, allowed: EntryMask | None = None) -> Candidates:
         """The ``count`` best candidates of each query [n, d] float32, for ``k`` neighbours that are wanted in the end.
 
-        ``k`` decides how far an approximate index looks, so that a row's result depends on its own k alone.
+        ``probes``: how many cells an inverted file looks into; ``allowed``: the entries that may be returned (None: all).
+        A row's result depends on these and on its own query alone.
         """
 
 
@@ -70,13 +74,6 @@ class IndexFacts:
     trained_on: int
     seed: int
     faiss_version: str | None
-
-    def probes(self, k: int) -> int:
-        """Cells to look into for ``k`` neighbours: about 10·k candidates, from 16 to 256 cells, never more than there are."""
-        if not self.nlist:
-            return 0
-        wanted = math.ceil(CANDIDATES_PER_NEIGHBOR * k * self.nlist / max(self.entries, 1))
-        return min(max(wanted, LEAST_PROBES), MOST_PROBES, self.nlist)
 
 
 def choose_factory(entries: int, dimension: int, *, gpu: bool = False) -> str:
@@ -117,21 +114,29 @@ class ExactIndex:
         return f"exact search over the stored keys ({self._device})"
 
     @property
+    def nlist(self) -> int:
+        """See :attr:`NeighborIndex.nlist`."""
+        return 0
+
+    @property
     def entries(self) -> int:
         """Number of entries it holds."""
         return len(self._keys)
 
-    def search(self, queries: Tensor, k: int, count: int) -> Candidates:
-        """See :meth:`NeighborIndex.search`; ``k`` makes no difference here."""
+    def search(self, queries: Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
+        """See :meth:`NeighborIndex.search`; ``k`` and ``probes`` make no difference here."""
         queries = queries.to(self._device)
         best = torch.full((len(queries), 0), torch.inf, device=self._device)
         ids = torch.zeros((len(queries), 0), dtype=torch.int64, device=self._device)
         for start, stored in self._keys.chunks(self._tile):
             keys = stored.to(self._device).float()
             distances = (keys * keys).sum(1) - 2 * (queries @ keys.T)
+            if allowed is not None:
+                distances.masked_fill_(~allowed.rows(start, start + len(keys)).to(self._device), torch.inf)
             values, places = _smallest(distances, min(count, len(keys)))
             best, order = _smallest(torch.cat([best, values], 1), min(count, best.shape[1] + values.shape[1]))
             ids = torch.cat([ids, places + start], 1).gather(1, order)
+        ids = torch.where(best < torch.inf, ids, -1)
         best = (best + (queries * queries).sum(1, keepdim=True)).clamp_(min=0)
         missing = count - ids.shape[1]
         return Candidates(
@@ -166,6 +171,7 @@ class FaissIndex:
             index = _to_gpu(index, device)
         self._index = index
         self._transformed = isinstance(faiss.downcast_index(index), faiss.IndexPreTransform)
+        self._selects = device == "cpu" and (facts.nlist > 0 or facts.factory == "Flat")
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> FaissIndex:
@@ -193,25 +199,50 @@ class FaissIndex:
         """Number of entries it holds."""
         return self.facts.entries
 
-    def search(self, queries: Tensor, k: int, count: int) -> Candidates:
+    @property
+    def nlist(self) -> int:
+        """See :attr:`NeighborIndex.nlist`."""
+        return self.facts.nlist
+
+    def search(self, queries: Tensor, k: int, count: int, *, probes: int, allowed: EntryMask | None = None) -> Candidates:
         """See :meth:`NeighborIndex.search`."""
         if queries.ndim != 2 or queries.shape[1] != self.facts.dimension:
             raise IndexingError(f"Queries have shape {list(queries.shape)}, but the index holds vectors of width {self.facts.dimension}.")
-        if self._device != "cpu" and count > GPU_LIMIT:
+        if self._device != "cpu" and max(count, probes) > GPU_LIMIT:
             raise IndexingError(
-                f"A FAISS index on a GPU returns at most {GPU_LIMIT} candidates, but {count} were asked for; use a smaller k."
+                f"A FAISS index on a GPU looks into at most {GPU_LIMIT} cells for at most {GPU_LIMIT} candidates, "
+                f"but {probes} and {count} were asked for; use a smaller k."
             )
         rows = queries.float().cpu().contiguous()
-        found = self._search(rows, k, count)
+        if allowed is not None and not self._selects:
+            return self._search_and_leave_out(rows, count, probes, allowed)
+        parameters = self._parameters(probes, allowed)
+        found = self._search(rows, count, parameters)
         if self.facts.factory == "Flat" and self._device == "cpu":
-            self._settle_ties(rows, k, count, found)
+            self._settle_ties(rows, k, count, found, parameters)
         return found
 
-    def _search(self, queries: Tensor, k: int, count: int) -> Candidates:
-        distances, ids = self._index.search(queries.numpy(), count, params=self._parameters(k))
+    def _search(self, queries: Tensor, count: int, parameters: Any) -> Candidates:
+        distances, ids = self._index.search(queries.numpy(), count, params=parameters)
         return Candidates(torch.from_numpy(distances), torch.from_numpy(ids))
 
-    def _settle_ties(self, queries: Tensor, k: int, count: int, found: Candidates) -> None:
+    def _search_and_leave_out(self, queries: Tensor, count: int, probes: int, allowed: EntryMask) -> Candidates:
+        """For an index that takes no selector: ask for more until ``count`` allowed candidates are there, or no more come."""
+        most = max(count, self.entries if self._device == "cpu" else min(self.entries, GPU_LIMIT))
+        wanted = count
+        while True:
+            wanted = min(2 * wanted, most)
+            found = self._search(queries, wanted, self._parameters(probes, None))
+            kept = allowed.allows(found.ids)
+            exhausted = found.ids[:, -1] < 0
+            if wanted == most or bool(((kept.sum(1) >= count) | exhausted).all()):
+                break
+        # A stable sort brings the allowed ones to the front and leaves them in their order.
+        order = (~kept).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
+        kept = kept.gather(1, order)
+        return Candidates(torch.where(kept, found.distances.gather(1, order), torch.inf), torch.where(kept, found.ids.gather(1, order), -1))
+
+    def _settle_ties(self, queries: Tensor, k: int, count: int, found: Candidates, parameters: Any) -> None:
         """Search again, one by one, the rows where equal keys may reach from the k-th place beyond the last.
 
         Beginnings that many documents share give equal keys. For several queries at once FAISS takes matrix products,
@@ -222,14 +253,15 @@ class FaissIndex:
         rounding = 1e-5 * ((queries * queries).sum(1) + last)
         doubtful = (kth + rounding >= last) & (found.ids[:, -1] >= 0)
         for row in doubtful.nonzero()[:, 0].tolist() if len(queries) > 1 else []:
-            alone = self._search(queries[row : row + 1], k, count)
+            alone = self._search(queries[row : row + 1], count, parameters)
             found.distances[row], found.ids[row] = alone.distances[0], alone.ids[0]
 
-    def _parameters(self, k: int) -> Any:
-        if not self.facts.nlist:
-            return None
+    def _parameters(self, probes: int, allowed: EntryMask | None) -> Any:
         faiss = import_faiss()
-        inner = faiss.SearchParametersIVF(nprobe=self.facts.probes(k))
+        chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(allowed.bits)}
+        if not self.facts.nlist:
+            return faiss.SearchParameters(**chosen) if chosen else None
+        inner = faiss.SearchParametersIVF(nprobe=probes, **chosen)
         return faiss.SearchParametersPreTransform(index_params=inner) if self._transformed else inner
 
 
@@ -317,12 +349,19 @@ def read_index_facts(folder: Path) -> IndexFacts:
     return facts
 
 
-def open_index(folder: Path, keys: ShardedRows, device: str = "cpu") -> NeighborIndex:
-    """The index of a datastore, as its metadata says. Raises :class:`StoreDamaged` or :class:`MissingDependency`."""
+def open_index(folder: Path, keys: ShardedRows | None, entries: int, device: str = "cpu") -> NeighborIndex:
+    """The index of a datastore of ``entries``, as its metadata says; exact search needs its ``keys``.
+
+    Raises :class:`StoreDamaged` or :class:`MissingDependency`.
+    """
     facts = read_index_facts(folder)
-    if facts.entries != len(keys):
-        raise StoreDamaged(f"{folder} indexes {facts.entries} entries, but the datastore has {len(keys)}.")
-    return ExactIndex(keys, device) if facts.factory == EXACT else FaissIndex.open(folder, device)
+    if facts.entries != entries:
+        raise StoreDamaged(f"{folder} indexes {facts.entries} entries, but the datastore has {entries}.")
+    if facts.factory != EXACT:
+        return FaissIndex.open(folder, device)
+    if keys is None:
+        raise StoreDamaged(f"{folder} says exact search, but the datastore keeps no keys to search.")
+    return ExactIndex(keys, device)
 
 
 def import_faiss() -> Any:

@@ -20,7 +20,7 @@ def facts(store: Datastore) -> dict[str, Any]:
     manifest = store.manifest
     index = read_index_facts(store.path / manifest.index)
     index_bytes = sum(file.bytes for name, file in manifest.files.items() if name.startswith(f"{manifest.index}/"))
-    profile = Profile.read(store.path)
+    profile = store.profile
     return {
         "path": str(store.path),
         "format_version": manifest.format_version,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
-from knnlm.datastore.profile import Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
@@ -93,15 +92,15 @@ def open_store(
     ``verify`` reads every file and compares checksums first. Raises the errors of :mod:`knnlm.errors`.
     """
     datastore = Datastore.open(store, verify=verify)
-    profile = Profile.read(Path(store))
+    profile = datastore.profile
     given = {name: value for name, value in (("k", k), ("temperature", temperature), ("weight", weight)) if value is not None}
     mixture = replace(profile.mixture if profile else Mixture(), **given).validate()  # type: ignore[arg-type]
     source = "calibrated profile" if profile else "defaults"
     if given:
         source = "given" if len(given) == 3 else f"{', '.join(sorted(given))} given, the rest {source}"
     loaded = load_model(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    index = open_index(datastore.path / datastore.manifest.index, datastore.keys, device)
+    index = open_index(datastore.path / datastore.manifest.index, datastore.keys, len(datastore), device)
     text = datastore.manifest.text
     tokenizer = loaded.tokenizer(text.bos, text.eos)  # type: ignore[arg-type]
-    retriever = Retriever(index, datastore.keys, datastore.values)
+    retriever = Retriever(index, datastore.keys, datastore.values, allowed=datastore.allowed)
     return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, source)

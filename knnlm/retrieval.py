@@ -1,22 +1,25 @@
 """Retrieval: candidates from an index, exact distances from the stored keys, values; together, neighbours.
 
 Codes bring candidates cheaply and their distances wrongly, so every candidate is measured again: squared L2 in float32
-from the stored keys, whatever the index. Each row's neighbours are its own; no other row of the batch changes them.
+from the stored keys, whatever the index. A datastore without keys has the index's own distances; one softmax never
+mixes the two kinds. Each row's neighbours are its own; no other row of the batch changes them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput
 from knnlm.index import NeighborIndex
 from knnlm.neighbors import Neighbors
+from knnlm.search_settings import SearchSettings
 
-OVERFETCH = 2.0
 RERANK_FLOATS = 1 << 22
 
 
@@ -27,18 +30,30 @@ class Gatherable(Protocol):
         """Rows [m] int64 in that order."""
 
 
+def everything() -> EntryMask | None:
+    """No entry is left out."""
+    return None
+
+
 class Retriever:
     """Finds the k nearest entries of each query.
 
-    ``index`` gives ceil(``overfetch``·k) candidates per row; ``keys`` [entries, dimension] and ``values`` [entries]
-    are read for those alone.
+    ``keys`` [entries, dimension] (None: not stored) and ``values`` [entries] are read for the candidates alone.
+    ``settings`` say how far the index looks (None: by rule); ``allowed`` is asked at each call which entries may be
+    found, so that removed ones vanish while requests are running.
     """
 
-    def __init__(self, index: NeighborIndex, keys: Gatherable, values: Gatherable, overfetch: float = OVERFETCH) -> None:
-        if not 1 <= overfetch < math.inf:
-            raise InvalidInput("overfetch", f"is {overfetch}, but must be 1 or more.")
-        self.index, self.overfetch = index, overfetch
-        self._keys, self._values = keys, values
+    def __init__(
+        self, index: NeighborIndex, keys: Gatherable | None, values: Gatherable, settings: SearchSettings | None = None,
+        allowed: Callable[[], EntryMask | None] = everything,
+    ) -> None:  # fmt: skip
+        self.index, self.settings = index, settings or SearchSettings(index.nlist, index.entries)
+        self._keys, self._values, self._allowed = keys, values, allowed
+
+    @property
+    def distance(self) -> str:
+        """``exact`` where distances are measured from stored keys, else ``index``."""
+        return "index" if self._keys is None else "exact"
 
     def retrieve(self, queries: Tensor, k: Tensor | int) -> Neighbors:
         """Neighbours of ``queries`` [n, d], with ``k`` one number or one per row [n] int64 (0: none for that row).
@@ -52,33 +67,41 @@ class Retriever:
         if distinct and distinct[0] < 0:
             raise InvalidInput("k", f"is {distinct[0]}, but must be 0 or more.")
         sizes = [size for size in distinct if size > 0]
+        allowed = self._allowed()
         if len(distinct) == 1 and sizes:
-            return self._same_k(queries, sizes[0])
+            return self._same_k(queries, sizes[0], allowed)
         out = Neighbors.empty(len(queries), max(sizes, default=0))
         for size in sizes:
             rows = (wanted == size).nonzero()[:, 0]
-            part = self._same_k(queries[rows], size)
+            part = self._same_k(queries[rows], size, allowed)
             out.distances[rows, :size], out.tokens[rows, :size], out.ids[rows, :size] = part.distances, part.tokens, part.ids
         return out
 
-    def _same_k(self, queries: Tensor, k: int) -> Neighbors:
-        count = math.ceil(self.overfetch * k)
-        ids = self.index.search(queries, k, count).ids
+    def _same_k(self, queries: Tensor, k: int, allowed: EntryMask | None) -> Neighbors:
+        setting = self.settings.for_k(k, None if allowed is None else allowed.allowed)
+        count = k if self._keys is None else math.ceil(setting.overfetch * k)
+        candidates = self.index.search(queries, k, count, probes=setting.probes, allowed=allowed)
+        # An index may know nothing of removals; what is not allowed is no neighbour, whatever came back.
+        ids = candidates.ids if allowed is None else torch.where(allowed.allows(candidates.ids), candidates.ids, -1)
+        if self._keys is None:
+            ids, order = ids.sort(dim=1, stable=True)
+            return self._nearest(candidates.distances.gather(1, order), ids, k)
         rows = max(1, RERANK_FLOATS // (count * queries.shape[1]))
-        parts = [self._rerank(q, i, k) for q, i in zip(queries.split(rows), ids.split(rows), strict=True)]
+        parts = [self._measured(q, i, k, self._keys) for q, i in zip(queries.split(rows), ids.split(rows), strict=True)]
         if len(parts) == 1:
             return parts[0]
         return Neighbors(*(torch.cat([getattr(part, name) for part in parts]) for name in ("distances", "tokens", "ids")))
 
-    def _rerank(self, queries: Tensor, ids: Tensor, k: int) -> Neighbors:
-        """Exact distances of candidates [n, c]; the first k by (distance, id)."""
-        # Ascending ids make the reads sequential, and a stable sort by distance then breaks ties by id.
+    def _measured(self, queries: Tensor, ids: Tensor, k: int, stored: Gatherable) -> Neighbors:
+        """Neighbours out of candidates [n, c], by exact distance."""
+        # Ascending ids make the reads sequential.
         ids = ids.sort(dim=1).values
-        found = ids >= 0
-        rows = ids.clamp(min=0)
-        keys = self._keys.gather(rows.flatten()).to(queries.device).float().view(*ids.shape, -1)
-        distances = keys.sub_(queries.unsqueeze(1)).square_().sum(2).cpu()
-        distances = torch.where(found, distances, torch.inf)
+        keys = stored.gather(ids.clamp(min=0).flatten()).to(queries.device).float().view(*ids.shape, -1)
+        return self._nearest(keys.sub_(queries.unsqueeze(1)).square_().sum(2).cpu(), ids, k)
+
+    def _nearest(self, distances: Tensor, ids: Tensor, k: int) -> Neighbors:
+        """The first k of candidates [n, c] by (distance, id); ``ids`` ascend, so a stable sort breaks ties by id."""
+        distances = torch.where(ids >= 0, distances, torch.inf)
         nearest, order = distances.sort(dim=1, stable=True)
         nearest, order = nearest[:, :k], order[:, :k]
         ids = ids.gather(1, order)

@@ -7,7 +7,6 @@ before it. A batch holds windows of one length, so nothing is padded and batch s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,14 +17,14 @@ import numpy as np
 import torch
 
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.manifest import FileFacts, ShardFacts, file_facts, sync_folder, write_atomically
+from knnlm.datastore.files import FileFacts, file_facts, sync_file, sync_folder, write_atomically
+from knnlm.datastore.manifest import RECEIPT, ShardFacts
 from knnlm.datastore.reader import KEYS, SPANS, TOKENS, VALUES
 from knnlm.errors import NonFiniteKey
 from knnlm.model import LanguageModel
 from knnlm.windows import PlacedWindow, Windowing, length_batches, windows
 from knnlm_index_builder.ingest import IngestedCorpus
 
-RECEIPT = "receipt.json"
 FLOAT16_MOST = 65_504
 LEAST_BATCH_TOKENS = 64
 
@@ -131,7 +130,7 @@ def build_shard(
     files = {path.name: file_facts(path) for path in sorted(aside.iterdir())}
     receipt = ShardReceipt(facts, files, batch_tokens, dtype, str(model.device))
     for path in aside.iterdir():
-        _sync_file(path)
+        sync_file(path)
     write_atomically(aside / RECEIPT, json.dumps(asdict(receipt), indent=1).encode())
     aside.rename(folder)
     sync_folder(folder.parent)
@@ -173,11 +172,3 @@ def _require_storable(target_keys: torch.Tensor, dtype: np.dtype[Any], item: Pla
         "is not finite; the model's forward pass overflows in this dtype, so try --dtype float32"
     )  # fmt: skip
     raise NonFiniteKey(f"The key at token {position} of document {documents[number].id!r} {problem}.")
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import numpy as np
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.documents import DocumentRecord, DocumentWriter
-from knnlm.datastore.manifest import write_atomically
+from knnlm.datastore.files import write_atomically
 from knnlm.errors import CorpusError
 from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
@@ -52,7 +52,7 @@ def ingest(corpus: Corpus, tokenizer: TextTokenizer, vocabulary_size: int, folde
             token_file.write(document.ids.tobytes())
             if document.spans is not None:
                 span_file.write(document.spans.tobytes())
-            table.add(_record(document, tokens))
+            table.add(_record(document, tokens, documents))
             documents, tokens = documents + 1, tokens + len(document.ids)
             progress(tokens)
     table.close()
@@ -78,7 +78,7 @@ class _Counting:
             yield document
 
 
-def _record(tokenized: TokenizedDocument, token_start: int) -> DocumentRecord:
+def _record(tokenized: TokenizedDocument, token_start: int, serial: int) -> DocumentRecord:
     document = tokenized.document
     text = document.text or ""
     return DocumentRecord(
@@ -89,6 +89,7 @@ def _record(tokenized: TokenizedDocument, token_start: int) -> DocumentRecord:
         characters=len(text),
         line_starts=_line_starts(text),
         metadata=document.metadata,
+        serial=serial,
     )
 
 

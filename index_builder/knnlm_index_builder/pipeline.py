@@ -22,19 +22,16 @@ import numpy as np
 import knnlm
 from knnlm.corpus import Corpus
 from knnlm.datastore.documents import DocumentTable
+from knnlm.datastore.files import FileFacts, file_facts, sync_folder, write_atomically
 from knnlm.datastore.manifest import (
     BUILD_FOLDER,
     MANIFEST,
     Counts,
-    FileFacts,
     KeyFacts,
     Manifest,
     ModelFacts,
     ShardFacts,
     TextFacts,
-    file_facts,
-    sync_folder,
-    write_atomically,
 )
 from knnlm.datastore.reader import KEYS, ShardedRows, check_files
 from knnlm.errors import InvalidInput, KNNLMError, StoreError, StoreLocked, StoreMismatch
@@ -45,8 +42,8 @@ from knnlm.windows import Windowing
 from knnlm_index_builder.encode import ShardDescriptor, ShardReceipt, build_shard, plan_shards, read_receipt
 from knnlm_index_builder.ingest import DOCUMENTS, CorpusReceipt, IngestedCorpus, ingest
 
-DOCUMENT_TABLE = "documents.arrow"
-INDEX_FOLDER = "index"
+DOCUMENT_TABLE = "documents/00000.arrow"
+INDEX_FOLDER = "index/00000"
 SETTINGS = "settings.json"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32_768
 
@@ -163,7 +160,7 @@ class _Build:
             # Nothing of worth was made yet, so the folder stays free for another corpus or index.
             shutil.rmtree(self._scratch)
             raise
-        documents = DocumentTable(self._scratch / DOCUMENTS)
+        documents = DocumentTable([self._scratch / DOCUMENTS])
         stream = IngestedCorpus.open(self._scratch, pretokenized=corpus.pretokenized)
         receipts = self._encode(documents, stream, receipt, progress)
         self._index([r.facts for r in receipts], factory, progress)
@@ -221,17 +218,18 @@ class _Build:
             return
         arrays = [np.load(self._store / "shards" / shard.name / KEYS, mmap_mode="c") for shard in shards]
         keys = ShardedRows(arrays, [shard.entry_start for shard in shards])
-        aside = folder.with_name(INDEX_FOLDER + ".tmp")
+        aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         for stage, done, total in build_index(keys, self._model.key_dimension, factory, aside):
             progress.update(stage, done, total)
         aside.rename(folder)
-        sync_folder(self._store)
+        sync_folder(folder.parent)
 
     def _finish(
         self, receipts: list[ShardReceipt], corpus: CorpusReceipt, text: TextFacts, revision: str | None, trust_remote_code: bool
     ) -> Manifest:
         table = self._store / DOCUMENT_TABLE
+        table.parent.mkdir(exist_ok=True)
         write_atomically(table, (self._scratch / DOCUMENTS).read_bytes())
         write_atomically(self._store / SETTINGS, _json(self._plan))
         files: dict[str, FileFacts] = {DOCUMENT_TABLE: file_facts(table), SETTINGS: file_facts(self._store / SETTINGS)}
@@ -249,7 +247,8 @@ class _Build:
             windowing=self._windowing,
             counts=Counts(corpus.documents, corpus.tokens, corpus.entries),
             shards=[receipt.facts for receipt in receipts],
-            documents=DOCUMENT_TABLE,
+            documents=[DOCUMENT_TABLE],
+            next_serial=corpus.documents,
             index=INDEX_FOLDER,
             corpus_xxh3=self._plan["corpus"],
             files=files,

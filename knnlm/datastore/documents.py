@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
 from knnlm.errors import StoreDamaged
@@ -23,8 +24,11 @@ SCHEMA = pa.schema(
         pa.field("characters", pa.int64(), nullable=False),
         pa.field("line_starts", pa.list_(pa.uint32()), nullable=False),
         pa.field("metadata", pa.string(), nullable=False),
+        pa.field("serial", pa.int64(), nullable=False),
     ]
 )
+SCHEMA_1 = SCHEMA.remove(SCHEMA.get_field_index("serial"))
+"""Of format version 1, where the serial is the row's number."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class DocumentRecord:
 
     ``token_start``, ``tokens``: its range in the corpus token stream. ``characters``: length of its text.
     ``line_starts``: character offset of each line's start, within the document. ``metadata``: further fields of the
-    input.
+    input. ``serial``: given once in the life of a store and never again, ascending; removal goes by it.
     """
 
     id: str
@@ -43,6 +47,7 @@ class DocumentRecord:
     characters: int
     line_starts: list[int]
     metadata: dict[str, Any]
+    serial: int
 
 
 class DocumentWriter:
@@ -73,23 +78,23 @@ class DocumentWriter:
 
 
 class DocumentTable:
-    """The document table of a store, memory-mapped.
+    """The document table of a store: its segments, memory-mapped, one after another.
 
     Entry e of document d is token e + d + 1 of the corpus, since each document's first token is no value: both ways
-    are a binary search over documents.
+    are a binary search over documents. ``token_starts``, ``token_counts``, ``serials``: [documents] int64.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            with pa.memory_map(str(path)) as source:
-                self._table = pa.ipc.open_file(source).read_all()
-            self.token_starts: np.ndarray[Any, np.dtype[np.int64]] = self._table["token_start"].to_numpy()
-            self.token_counts: np.ndarray[Any, np.dtype[np.int64]] = self._table["tokens"].to_numpy()
-            matches = self._table.schema.equals(SCHEMA)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise StoreDamaged(f"{path} is damaged: {error}") from error
-        if not matches:
-            raise StoreDamaged(f"{path} is damaged: its columns are {self._table.schema.names}, expected {SCHEMA.names}.")
+    def __init__(self, paths: Sequence[Path]) -> None:
+        tables = [_read_segment(path) for path in paths]
+        rows = 0
+        for number, table in enumerate(tables):
+            if "serial" not in table.schema.names:
+                tables[number] = table.append_column(SCHEMA.field("serial"), pa.array(np.arange(rows, rows + len(table))))
+            rows += len(table)
+        self._table = pa.concat_tables(tables)
+        self.token_starts: np.ndarray[Any, np.dtype[np.int64]] = self._table["token_start"].to_numpy()
+        self.token_counts: np.ndarray[Any, np.dtype[np.int64]] = self._table["tokens"].to_numpy()
+        self.serials: np.ndarray[Any, np.dtype[np.int64]] = self._table["serial"].to_numpy()
         self._entry_starts = self.token_starts - np.arange(len(self.token_starts))
 
     def __len__(self) -> int:
@@ -103,6 +108,15 @@ class DocumentTable:
         """All document ids, in corpus order."""
         return (value.as_py() for value in self._table["id"])
 
+    def rows_of(self, column: str, values: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Numbers of the documents whose ``id`` or ``source`` is one of ``values``."""
+        found = pc.is_in(self._table[column], value_set=pa.array(values, pa.string()))
+        return np.flatnonzero(found.to_numpy())
+
+    def metadata(self) -> Iterable[dict[str, Any]]:
+        """The metadata of each document, in corpus order."""
+        return (json.loads(value.as_py()) for value in self._table["metadata"])
+
     def of_entry(self, entry: int) -> int:
         """Number of the document that an entry belongs to."""
         return int(np.searchsorted(self._entry_starts, entry, side="right")) - 1
@@ -115,3 +129,20 @@ class DocumentTable:
         """Entries [first, last) of a document."""
         start = int(self._entry_starts[document])
         return start, start + int(self.token_counts[document]) - 1
+
+    def entry_ranges(self, documents: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, int]]:
+        """Entries [first, last) of each of ``documents``."""
+        starts = self._entry_starts[documents]
+        return list(zip(starts.tolist(), (starts + self.token_counts[documents] - 1).tolist(), strict=True))
+
+
+def _read_segment(path: Path) -> pa.Table:
+    """A segment as a table; raises :class:`StoreDamaged` for anything that is none."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise StoreDamaged(f"{path} is damaged: {error}") from error
+    if not (table.schema.equals(SCHEMA) or table.schema.equals(SCHEMA_1)):
+        raise StoreDamaged(f"{path} is damaged: its columns are {table.schema.names}, expected {SCHEMA.names}.")
+    return table

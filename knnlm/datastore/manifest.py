@@ -6,23 +6,20 @@ Knows the format's names and versions, not what lies in the shards.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
-
+from knnlm.datastore.files import FileFacts, checksum, read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import InvalidInput, StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
 from knnlm.model import KeyLayer, LanguageModel, ModelFingerprint
 from knnlm.windows import Windowing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+RECEIPT = "receipt.json"
 BUILD_FOLDER = ".build"
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features a store may require of its reader beyond its format version; this reader knows none yet."""
@@ -44,11 +41,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What a key is: layer, width, and the dtype in which it is stored."""
+    """What a key is: layer, width, and the dtype in which it is stored (``none``: not stored, so distances come from
+    the index)."""
 
     layer: KeyLayer
     dimension: int
     dtype: str
+
+    @property
+    def stored(self) -> bool:
+        """Whether keys are in the store."""
+        return self.dtype != "none"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Counts:
-    """``entries`` = ``tokens`` - ``documents``: each token but the first of a document is a value once."""
+    """What is in the files, removed documents included. ``entries`` = ``tokens`` - ``documents``: each token but the
+    first of a document is a value once."""
 
     documents: int
     tokens: int
@@ -88,16 +92,23 @@ class ShardFacts:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """Size in bytes and xxh3 (128 bits, hexadecimal) of one file."""
+class RemovedFacts:
+    """Tombstones: the file of removed serials, and how many documents and entries they are."""
 
-    bytes: int
-    xxh3: str
+    file: str
+    documents: int
+    entries: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All facts of a datastore; :meth:`read` and :meth:`write` it. ``corpus_xxh3``: of the input, by content."""
+    """All facts of a datastore; :meth:`read` and :meth:`write` it.
+
+    ``documents``: segments of the document table in order; ``next_serial``: of the next document, never given twice;
+    ``index``: folder of the index, ``search`` the file with its measured settings; ``removed``: tombstones; ``audit``: of
+    the audit log as far as it was written when this manifest was. ``corpus_xxh3``: of the first input, by content;
+    ``appended``: of those that were appended since.
+    """
 
     knnlm_version: str
     created: str
@@ -107,17 +118,33 @@ class Manifest:
     windowing: Windowing
     counts: Counts
     shards: list[ShardFacts]
-    documents: str
+    documents: list[str]
+    next_serial: int
     index: str
     corpus_xxh3: str
     files: dict[str, FileFacts]
+    search: str | None = None
+    removed: RemovedFacts | None = None
+    audit: FileFacts | None = None
+    appended: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     requires: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
-        """xxh3 over everything but the time of creation: equal for byte-identical stores."""
-        return _checksum({**asdict(self), "created": ""})
+        """xxh3 over everything but the time of creation, the audit log and how shards were made: equal for equal stores."""
+        files = {name: facts for name, facts in asdict(self)["files"].items() if Path(name).name != RECEIPT}
+        return checksum({**asdict(self), "created": "", "audit": None, "files": files})
+
+    @property
+    def live_documents(self) -> int:
+        """Documents that are not removed."""
+        return self.counts.documents - (self.removed.documents if self.removed else 0)
+
+    @property
+    def live_entries(self) -> int:
+        """Entries that are not removed."""
+        return self.counts.entries - (self.removed.entries if self.removed else 0)
 
     def write(self, store: Path) -> None:
         """Write ``manifest.json`` atomically, with a checksum over itself."""
@@ -142,15 +169,15 @@ class Manifest:
             raise StoreNotFound(f"{store} is no datastore: it holds no {MANIFEST}.")
         content = read_json_with_checksum(path)
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in (1, FORMAT_VERSION):
             raise StoreVersion(
-                f"{path} has format version {version}, but this knnlm reads version {FORMAT_VERSION}; "
+                f"{path} has format version {version}, but this knnlm reads versions 1 to {FORMAT_VERSION}; "
                 "use the version that wrote it, or newer."
             )
         required = _value(list[str], content.get("requires", []), f"{path}: requires")
         if unknown := sorted(set(required) - KNOWN_FEATURES):
             raise StoreVersion(f"{path} requires {', '.join(unknown)}, which this knnlm does not know; use a newer version.")
-        return _parse(cls, content, str(path))
+        return _parse(cls, _from_version_1(content, path) if version == 1 else content, str(path))
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreMismatch` if ``model`` is not the one that made the keys, naming both sides."""
@@ -168,60 +195,23 @@ class Manifest:
             )
 
 
+def _from_version_1(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Facts of a version 1 store as version 2 says them: one document table, serials in row order, nothing removed."""
+    counts = _parse(Counts, content.get("counts"), f"{path}: counts")
+    return {
+        **content,
+        "documents": [content.get("documents")],
+        "next_serial": counts.documents,
+        "search": None,
+        "removed": None,
+        "audit": None,
+        "appended": [],
+        "format_version": FORMAT_VERSION,
+    }
+
+
 def _layer(layer: KeyLayer) -> str:
     return f"{layer.kind} ({layer.module})"
-
-
-def write_json_with_checksum(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` and a ``checksum`` over it, atomically: a reader sees the old file or the whole new one."""
-    write_atomically(path, json.dumps({**content, "checksum": _checksum(content)}, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, flush to disk, rename."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json_with_checksum(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json_with_checksum` wrote; raise :class:`StoreDamaged` if it was changed since."""
-    try:
-        content = json.loads(path.read_bytes())
-        found = content.pop("checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreDamaged(f"{path} is damaged: it can't be read as JSON with a checksum ({error}).") from error
-    if found != (expected := _checksum(content)):
-        raise StoreDamaged(f"{path} is damaged: its checksum is {found}, but its content gives {expected}.")
-    return typing.cast("dict[str, Any]", content)
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def file_facts(path: Path) -> FileFacts:
-    """Size and checksum of a file, read in pieces."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            size += len(piece)
-    return FileFacts(size, digest.hexdigest())
 
 
 def _parse(kind: type[T], content: Any, where: str) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from knnlm.datastore.manifest import read_json_with_checksum, write_json_with_checksum
+from knnlm.datastore.files import read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import InvalidInput, StoreDamaged
 from knnlm.mixture import Mixture
 

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from knnlm.arrays import map_array
+from knnlm.datastore.audit import AUDIT_LOG
 from knnlm.datastore.documents import DocumentRecord, DocumentTable
-from knnlm.datastore.manifest import FileFacts, Manifest, ShardFacts, file_facts
+from knnlm.datastore.files import FileFacts, file_facts
+from knnlm.datastore.manifest import MANIFEST, Manifest, ShardFacts
+from knnlm.datastore.profile import Profile
+from knnlm.datastore.tombstones import Serials, Tombstones, read_serials
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput, StoreDamaged
 
 KEYS, VALUES, TOKENS, SPANS = "keys.npy", "values.npy", "tokens.npy", "spans.npy"
 LEFT_CONTEXT_TOKENS = 24
+
+Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -79,25 +86,33 @@ class ShardedRows:
 class Datastore:
     """An open datastore. Use :meth:`open`.
 
-    ``keys`` [entries, dimension] float16 or float32, ``values`` [entries] int32 and ``tokens`` [tokens] int32 are
-    memory-mapped; ``documents`` is the table of where they came from.
+    ``keys`` [entries, dimension] float16 or float32 (None: not stored), ``values`` [entries] int32 and ``tokens`` [tokens]
+    int32 are memory-mapped; ``documents`` is the table of where they came from; ``tombstones`` say which of those were
+    removed. Numbers of entries and documents count removed ones too. ``profile``: the calibrated mixture, if there is one.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, signature: Signature) -> None:
         self.path = path
         self.manifest = manifest
-        self.documents = DocumentTable(path / manifest.documents)
+        self._signature = signature
+        self.profile = Profile.read(path)
+        self.documents = DocumentTable([path / name for name in manifest.documents])
         counts, shards = manifest.counts, manifest.shards
         if len(self.documents) != counts.documents or int(self.documents.token_counts.sum()) != counts.tokens:
-            raise StoreDamaged(f"{path / manifest.documents} has {len(self.documents)} documents, the manifest {counts.documents}.")
+            raise StoreDamaged(
+                f"{path}: {', '.join(manifest.documents)} hold {len(self.documents)} documents, but the manifest says {counts.documents}."
+            )
         entry_starts, token_starts = [s.entry_start for s in shards], [s.token_start for s in shards]
-        key_dtype = np.dtype(manifest.key.dtype)
-        self.keys = ShardedRows(self._arrays(KEYS, key_dtype, lambda s: (s.entries, manifest.key.dimension)), entry_starts)
+        self.keys = None
+        if manifest.key.stored:
+            key_dtype = np.dtype(manifest.key.dtype)
+            self.keys = ShardedRows(self._arrays(KEYS, key_dtype, lambda s: (s.entries, manifest.key.dimension)), entry_starts)
         self.values = ShardedRows(self._arrays(VALUES, np.dtype(np.int32), lambda s: (s.entries,)), entry_starts)
         self.tokens = ShardedRows(self._arrays(TOKENS, np.dtype(np.int32), lambda s: (s.tokens,)), token_starts)
         self._spans = None
         if not manifest.text.pretokenized:
             self._spans = ShardedRows(self._arrays(SPANS, np.dtype(np.uint32), lambda s: (s.tokens, 2)), token_starts)
+        self.tombstones = Tombstones(self.documents, counts.entries, removed_serials(path, manifest))
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Datastore:
@@ -107,9 +122,35 @@ class Datastore:
         :class:`StoreNotFound`, :class:`StoreIncomplete`, :class:`StoreVersion` or :class:`StoreDamaged`, naming the file.
         """
         root = Path(path)
-        manifest = Manifest.read(root)
-        check_files(root, manifest, verify=verify)
-        return cls(root, manifest)
+        while True:
+            before = _signature(root)
+            manifest = Manifest.read(root)
+            try:
+                check_files(root, manifest, verify=verify)
+                return cls(root, manifest, before)
+            except StoreDamaged:
+                # Another process may just have put a compacted store in the place of this one.
+                if _signature(root) == before:
+                    raise
+
+    def refresh(self) -> bool:
+        """Take over what other processes removed since; True if anything changed. Costs one look at the manifest's time.
+
+        After a compaction or an append this store stays as it was opened, less the documents that are no longer there.
+        """
+        signature = _signature(self.path)
+        if signature == self._signature:
+            return False
+        removed = np.setdiff1d(self.documents.serials, _live_serials(self.path), assume_unique=True)
+        changed = not np.array_equal(removed, self.tombstones.serials)
+        if changed:
+            self.tombstones = Tombstones(self.documents, len(self), removed)
+        self._signature = signature
+        return changed
+
+    def allowed(self) -> EntryMask | None:
+        """The entries that are not removed; None if none is. Asked by a :class:`~knnlm.retrieval.Retriever` at each search."""
+        return self.tombstones.mask
 
     def __len__(self) -> int:
         return self.manifest.counts.entries
@@ -153,7 +194,36 @@ class Datastore:
         return arrays
 
 
-LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss"})
+def removed_serials(root: Path, manifest: Manifest) -> Serials:
+    """Serials of the documents that ``manifest`` says are removed, ascending."""
+    if manifest.removed is None:
+        return np.zeros(0, np.int64)
+    return read_serials(root / manifest.removed.file)
+
+
+def _live_serials(root: Path) -> Serials:
+    """Serials of the documents that the store at ``root`` holds now and that are not removed."""
+    while True:
+        before = _signature(root)
+        manifest = Manifest.read(root)
+        try:
+            table = DocumentTable([root / name for name in manifest.documents])
+            return np.setdiff1d(table.serials, removed_serials(root, manifest), assume_unique=True)
+        except StoreDamaged:
+            if _signature(root) == before:
+                raise
+
+
+def _signature(root: Path) -> Signature:
+    """Changes when the manifest is replaced; zeros where there is none."""
+    try:
+        found = (root / MANIFEST).stat()
+    except FileNotFoundError:
+        return 0, 0, 0
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss", "index.ivfdata"})
 
 
 def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
@@ -163,6 +233,7 @@ def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
     """
     for name, expected in manifest.files.items():
         _check_file(root / name, expected, content=verify or Path(name).name not in LARGE_FILES)
+    _check_audit(root, manifest, content=verify)
 
 
 def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
@@ -172,6 +243,21 @@ def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
             _check_file(root / name, expected, content=True)
         except StoreDamaged as damage:
             yield str(damage)
+    try:
+        _check_audit(root, manifest, content=True)
+    except StoreDamaged as damage:
+        yield str(damage)
+
+
+def _check_audit(root: Path, manifest: Manifest, *, content: bool) -> None:
+    """The log may have grown since the manifest was written, but what it said then it must say now."""
+    if manifest.audit is None:
+        return
+    path, expected = root / AUDIT_LOG, manifest.audit
+    if not path.is_file() or path.stat().st_size < expected.bytes:
+        raise StoreDamaged(f"{path} is missing or shorter than the {expected.bytes} bytes that the manifest says.")
+    if content and file_facts(path, expected.bytes) != expected:
+        raise StoreDamaged(f"{path} is damaged: what it said when the manifest was written has changed.")
 
 
 def _check_file(path: Path, expected: FileFacts, *, content: bool) -> None:

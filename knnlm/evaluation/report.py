@@ -34,7 +34,7 @@ def show(opened: OpenedKNNLM, comparison: Comparison, *, as_json: bool, skipped:
         "knn_temperature": mixture.temperature,
         "weight": mixture.weight,
         "mixture_from": opened.mixture_source,
-        "overfetch": opened.knn_lm.retriever.overfetch,
+        "overfetch": opened.knn_lm.retriever.settings.for_k(comparison.mixture.k).overfetch,
         "max_length": manifest.windowing.max_length,
         "stride": manifest.windowing.stride,
     }

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from knnlm.datastore.manifest import MANIFEST, write_json_with_checksum
+from knnlm.datastore.files import write_json_with_checksum
+from knnlm.datastore.manifest import MANIFEST
 from knnlm.datastore.reader import LARGE_FILES, Datastore
 from knnlm.errors import StoreDamaged, StoreNotFound, StoreVersion
 from knnlm.model import HFLanguageModel
 from tests.stores import build, contents, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
-SMALL = ("settings.json", "documents.arrow", "index/index.json")
+SMALL = ("settings.json", "documents/00000.arrow", "index/00000/index.json")
 LARGE = (
-    "index/index.faiss",
+    "index/00000/index.faiss",
     *(f"shards/{shard}/{name}.npy" for shard in ("00000", "00001", "00002") for name in ("keys", "values", "tokens", "spans")),
 )
 LISTED = (*SMALL, *LARGE)
@@ -157,7 +158,7 @@ def test_without_manifest_it_is_no_datastore(store: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("verify",), ("compare", "--text", __file__)], ids=lambda c: c[0])
-@pytest.mark.parametrize("name", [MANIFEST, "documents.arrow"])
+@pytest.mark.parametrize("name", [MANIFEST, "documents/00000.arrow"])
 def test_every_command_refuses_a_damaged_manifest_or_document_table(
     command: tuple[str, ...], name: str, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,8 +179,8 @@ def rewritten(store: Path, **changes: Any) -> None:
 
 
 def test_a_newer_format_is_refused_with_both_versions(store: Path) -> None:
-    rewritten(store, format_version=2)
-    with pytest.raises(StoreVersion, match=r"format version 2.*reads version 1"):
+    rewritten(store, format_version=3)
+    with pytest.raises(StoreVersion, match=r"format version 3.*reads versions 1 to 2"):
         Datastore.open(store)
 
 
@@ -270,7 +271,7 @@ for at in [*range(0, 100, 5), *range(100, len(content), max(1, len(content) // 6
             status = 1
             try:
                 index = FaissIndex.open(folder)
-                index.search(torch.zeros(3, index.facts.dimension), 4, 8)
+                index.search(torch.zeros(3, index.facts.dimension), 4, 8, probes=2)
                 status = 0
             except KNNLMError:
                 status = 0
@@ -287,6 +288,6 @@ path.write_bytes(content)
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
 def test_faiss_reads_no_damaged_index_into_a_crash(factory: str, gpt2: HFLanguageModel, tmp_path: Path) -> None:
     build(text_folder(tmp_path / "corpus", tiny_corpus(4)), tmp_path / "store", gpt2, index=factory, max_length=16)
-    script = [sys.executable, "-c", READ_DAMAGED_INDEX, str(tmp_path / "store" / "index")]
+    script = [sys.executable, "-c", READ_DAMAGED_INDEX, str(tmp_path / "store" / "index" / "00000")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from knnlm.datastore.manifest import write_json_with_checksum
+from knnlm.datastore.files import write_json_with_checksum
 from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import KNNLMError, StoreDamaged

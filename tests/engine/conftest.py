@@ -55,7 +55,7 @@ def llama_store(tiny_llama_path: Path, corpus_folder: Path, tmp_path_factory: py
 
 def _parts(model_path: Path, store_path: Path, dtype: str) -> Parts:
     model, store = HFLanguageModel.load(model_path, dtype=dtype), Datastore.open(store_path)
-    retriever = Retriever(open_index(store.path / store.manifest.index, store.keys, "cpu"), store.keys, store.values)
+    retriever = Retriever(open_index(store.path / store.manifest.index, store.keys, len(store)), store.keys, store.values)
     return Parts(KNNLanguageModel(model, model.tokenizer(), retriever, Mixture(8, 10.0, 0.3)), model, store, model_path)
 
 

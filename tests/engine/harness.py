@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knnlm.datastore.reader import Datastore
+from knnlm.entry_mask import EntryMask
 from knnlm.index import Candidates, NeighborIndex
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.model import HFLanguageModel
@@ -73,14 +74,18 @@ class CountingIndex:
         return self._index.description
 
     @property
+    def nlist(self) -> int:
+        return self._index.nlist
+
+    @property
     def entries(self) -> int:
         return self._index.entries
 
-    def search(self, queries: Tensor, k: int, count: int) -> Candidates:
+    def search(self, queries: Tensor, k: int, count: int, *, probes: int, allowed: EntryMask | None = None) -> Candidates:
         if self.failure is not None:
             raise self.failure
         self.queries += len(queries)
-        return self._index.search(queries, k, count)
+        return self._index.search(queries, k, count, probes=probes, allowed=allowed)
 
 
 class RecordingEngine(DecodingEngine):

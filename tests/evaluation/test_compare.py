@@ -15,6 +15,7 @@ import torch
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.reader import Datastore
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import CorpusError
 from knnlm.evaluation.compare import TOKENS_PER_CLUSTER, Comparison, _standard_error, compare
 from knnlm.evaluation.scoring import score
@@ -106,9 +107,9 @@ def test_one_row_for_each_token_but_the_first_in_document_order(opened: OpenedKN
 class NeverSearched:
     """An index that must not be asked."""
 
-    description, entries = "none", 0
+    description, entries, nlist = "none", 0, 0
 
-    def search(self, queries: torch.Tensor, k: int, count: int) -> Candidates:
+    def search(self, queries: torch.Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
         raise AssertionError("weight 0 must not search")
 
 

@@ -30,10 +30,10 @@ def document_table(lengths: list[int]) -> DocumentTable:
         writer = DocumentWriter(Path(folder) / "documents.arrow")
         start = 0
         for number, length in enumerate(lengths):
-            writer.add(DocumentRecord(str(number), "", start, length, 0, [], {}))
+            writer.add(DocumentRecord(str(number), "", start, length, 0, [], {}, number))
             start += length
         writer.close()
-        return DocumentTable(Path(folder) / "documents.arrow")
+        return DocumentTable([Path(folder) / "documents.arrow"])
 
 
 @given(LENGTHS, WINDOWINGS, SHARD_TOKENS)

@@ -488,7 +488,9 @@ def test_any_index_finds_what_was_stored(factory: str, corpus: Path, gpt2: HFLan
     build(corpus, tmp_path / "store", gpt2, index=factory, shard_tokens=250)
     store = Datastore.open(tmp_path / "store")
     entries = torch.arange(0, len(store), 7)
-    found = Retriever(open_index(store.path / "index", store.keys), store.keys, store.values).retrieve(store.keys.gather(entries), 1)
+    assert store.keys is not None
+    index = open_index(store.path / store.manifest.index, store.keys, len(store))
+    found = Retriever(index, store.keys, store.values).retrieve(store.keys.gather(entries), 1)
     assert float(found.distances.max()) == 0
     # Equal contexts have equal keys, so the entry found may be an earlier one.
     assert torch.equal(store.keys.gather(found.ids[:, 0]), store.keys.gather(entries))

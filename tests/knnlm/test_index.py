@@ -6,13 +6,14 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from knnlm.datastore.manifest import write_json_with_checksum
+from knnlm.datastore.files import write_json_with_checksum
 from knnlm.datastore.reader import ShardedRows
 from knnlm.errors import IndexingError, InvalidInput, KNNLMError, MissingDependency, StoreDamaged
 from knnlm.index import (
@@ -21,7 +22,7 @@ from knnlm.index import (
     INDEX_METADATA,
     ExactIndex,
     FaissIndex,
-    IndexFacts,
+    NeighborIndex,
     build_index,
     choose_factory,
     open_index,
@@ -29,6 +30,7 @@ from knnlm.index import (
     training_sample,
 )
 from knnlm.retrieval import Retriever
+from knnlm.search_settings import SearchSettings
 from tests import reference
 
 DIMENSION = 16
@@ -63,9 +65,11 @@ def queries(count: int, seed: int = 5, dimension: int = DIMENSION) -> torch.Tens
     return torch.from_numpy(keys + 0.3 * np.random.default_rng(seed).normal(size=keys.shape).astype(np.float32))
 
 
-def retriever(index: object, keys: ShardedRows, overfetch: float = 2.0) -> Retriever:
+def retriever(index: NeighborIndex, keys: ShardedRows, overfetch: float = 2.0) -> Retriever:
     values = ShardedRows([np.arange(len(keys), dtype=np.int32)], [0])
-    return Retriever(index, keys, values, overfetch)  # type: ignore[arg-type]
+    rule = SearchSettings(index.nlist, len(keys))
+    settings = replace(rule, measured=tuple(replace(rule.for_k(k), overfetch=overfetch) for k in (1, 4, 16, 64)))
+    return Retriever(index, keys, values, settings)
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
@@ -91,7 +95,7 @@ def test_ties_go_to_the_smaller_id_in_batches_of_any_size(tmp_path: Path, kind: 
     keys = np.concatenate([np.repeat(base, 120, axis=0), chance.normal(size=(300, dimension)).astype(np.float32)])
     keys = keys[chance.permutation(len(keys))]
     rows = rows_of(keys)
-    index = open_index(built(rows, kind, tmp_path, dimension), rows)
+    index = open_index(built(rows, kind, tmp_path, dimension), rows, len(rows))
     asked = torch.from_numpy(np.concatenate([base] * 60))
     batch = retriever(index, rows).retrieve(asked, 8)
     for number in range(10):
@@ -135,8 +139,8 @@ def test_the_same_keys_give_the_same_bytes(tmp_path: Path, factory: str) -> None
 @pytest.mark.parametrize("factory", ["Flat", EXACT, "IVF4,SQ8"])
 def test_fewer_entries_than_asked_for_are_filled_with_minus_1(tmp_path: Path, factory: str) -> None:
     rows = rows_of(clustered(60))
-    index = open_index(built(rows, factory, tmp_path), rows)
-    candidates = index.search(queries(2), 50, 100)
+    index = open_index(built(rows, factory, tmp_path), rows, len(rows))
+    candidates = index.search(queries(2), 50, 100, probes=4)
     assert candidates.ids.shape == (2, 100)
     assert (candidates.ids[:, 60:] == -1).all()
     assert sorted(candidates.ids[0, :60].tolist()) == list(range(60))
@@ -150,7 +154,7 @@ def test_facts_are_written_and_read_back(tmp_path: Path) -> None:
     folder = built(rows, "IVF12,SQ8", tmp_path)
     facts = read_index_facts(folder)
     assert (facts.factory, facts.dimension, facts.entries, facts.nlist, facts.trained_on) == ("IVF12,SQ8", DIMENSION, ENTRIES, 12, ENTRIES)
-    index = open_index(folder, rows)
+    index = open_index(folder, rows, len(rows))
     assert index.entries == ENTRIES
     assert "IVF12,SQ8" in index.description
     assert "exact" in ExactIndex(rows).description
@@ -162,7 +166,7 @@ def test_exact_writes_no_index_file_and_needs_no_faiss(tmp_path: Path, monkeypat
     rows = rows_of(clustered())
     folder = built(rows, EXACT, tmp_path)
     assert [file.name for file in folder.iterdir()] == [INDEX_METADATA]
-    assert isinstance(open_index(folder, rows), ExactIndex)
+    assert isinstance(open_index(folder, rows, len(rows)), ExactIndex)
 
 
 def test_missing_faiss_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def test_missing_faiss_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
     folder = built(rows, "Flat", tmp_path / "built")
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependency, match=r'pip install "knnlm\[cpu\]"'):
-        open_index(folder, rows)
+        open_index(folder, rows, len(rows))
     with pytest.raises(MissingDependency, match=r"knnlm\[gpu\]"):
         built(rows, "Flat", tmp_path / "other")
 
@@ -212,7 +216,7 @@ def test_more_cells_than_entries_are_refused_with_both_numbers(tmp_path: Path) -
 def test_a_query_of_the_wrong_width_names_both_widths(tmp_path: Path) -> None:
     index = FaissIndex.open(built(rows_of(clustered()), "Flat", tmp_path))
     with pytest.raises(IndexingError, match=r"\[2, 5\].*16"):
-        index.search(torch.zeros((2, 5)), 3, 6)
+        index.search(torch.zeros((2, 5)), 3, 6, probes=0)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF12,SQ8", "IVF12,RaBitQ"])
@@ -223,14 +227,14 @@ def test_a_truncated_index_is_damaged_and_named(tmp_path: Path, factory: str, le
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content)) if 0 < left < 1 else int(left)])
     with pytest.raises(StoreDamaged, match=INDEX_FILE):
-        open_index(tmp_path, rows)
+        open_index(tmp_path, rows, len(rows))
 
 
 def test_a_missing_index_file_is_damaged_and_named(tmp_path: Path) -> None:
     rows = rows_of(clustered())
     (built(rows, "Flat", tmp_path) / INDEX_FILE).unlink()
     with pytest.raises(StoreDamaged, match=INDEX_FILE):
-        open_index(tmp_path, rows)
+        open_index(tmp_path, rows, len(rows))
 
 
 def test_another_index_in_its_place_is_damaged(tmp_path: Path) -> None:
@@ -238,9 +242,9 @@ def test_another_index_in_its_place_is_damaged(tmp_path: Path) -> None:
     one, other = built(rows, "Flat", tmp_path / "one"), built(rows_of(clustered(60)), "Flat", tmp_path / "other")
     shutil.copy(other / INDEX_FILE, one / INDEX_FILE)
     with pytest.raises(StoreDamaged, match=r"60 .*1500"):
-        open_index(one, rows)
+        open_index(one, rows, len(rows))
     with pytest.raises(StoreDamaged, match=r"60 entries.*1500"):
-        open_index(other, rows)
+        open_index(other, rows, len(rows))
 
 
 @pytest.mark.parametrize("change", [{"entries": "many"}, {"unknown": 1}, {"nlist": None}, {"dimension": 2.5}])
@@ -250,7 +254,7 @@ def test_index_metadata_that_makes_no_sense_is_damaged(tmp_path: Path, change: d
     facts = {**read_index_facts(folder).__dict__, **change}
     write_json_with_checksum(folder / INDEX_METADATA, facts)
     with pytest.raises(StoreDamaged, match=INDEX_METADATA):
-        open_index(folder, rows)
+        open_index(folder, rows, len(rows))
 
 
 @pytest.mark.parametrize(
@@ -296,8 +300,7 @@ def test_faiss_knows_every_automatic_choice(entries: int, dimension: int, gpu: b
     ],
 )
 def test_probes_follow_k_within_their_bounds(nlist: int, entries: int, k: int, expected: int) -> None:
-    facts = IndexFacts("IVF,SQ8", DIMENSION, entries, nlist, 0, 0, None)
-    assert facts.probes(k) == expected
+    assert SearchSettings(nlist, entries).for_k(k).probes == expected
     assert math.ceil(10 * k * nlist / entries) <= expected or expected in (0, nlist, 256)
 
 
@@ -323,11 +326,11 @@ def test_a_gpu_finds_what_the_cpu_finds(tmp_path: Path, factory: str) -> None:
     rows = rows_of(clustered())
     folder = built(rows, factory, tmp_path)
     try:
-        on_gpu = open_index(folder, rows, "cuda")
+        on_gpu = open_index(folder, rows, len(rows), "cuda")
     except MissingDependency as missing:
         pytest.skip(str(missing))
     asked, ks = queries(50), torch.tensor([4, 10] * 25)
-    here = retriever(open_index(folder, rows), rows, overfetch=20).retrieve(asked, ks)
+    here = retriever(open_index(folder, rows, len(rows)), rows, overfetch=20).retrieve(asked, ks)
     there = retriever(on_gpu, rows, overfetch=20).retrieve(asked, ks)
     assert (here.ids == there.ids).float().mean() > 0.999
     torch.testing.assert_close(here.distances, there.distances, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from knnlm.datastore.reader import ShardedRows
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput
 from knnlm.index import Candidates, ExactIndex
 from knnlm.knn_lm import KNNLanguageModel
@@ -31,9 +32,9 @@ class CountingIndex(ExactIndex):
 
     searched = 0
 
-    def search(self, queries: torch.Tensor, k: int, count: int) -> Candidates:
+    def search(self, queries: torch.Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
         self.searched += len(queries)
-        return super().search(queries, k, count)
+        return super().search(queries, k, count, probes=probes, allowed=allowed)
 
 
 def entries_of(model: HFLanguageModel, documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +157,7 @@ def test_rows_with_weight_0_are_not_searched_and_are_the_lm_bit_for_bit(setting:
 
 def test_rows_that_find_nothing_are_the_lm_and_say_weight_0(setting: Setting) -> None:
     class Nothing(ExactIndex):
-        def search(self, queries: torch.Tensor, k: int, count: int) -> Candidates:
+        def search(self, queries: torch.Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
             return Candidates(torch.full((len(queries), count), math.inf), torch.full((len(queries), count), -1))
 
     rows = ShardedRows([setting.keys], [0])

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knnlm.datastore.reader import ShardedRows
+from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput
 from knnlm.index import Candidates, ExactIndex
 from knnlm.neighbors import Neighbors
 from knnlm.retrieval import Retriever
+from knnlm.search_settings import SearchSettings
 from tests import reference
 
 DIMENSION = 8
@@ -125,9 +127,9 @@ def test_rows_with_k_0_find_nothing_and_are_not_searched() -> None:
     searched: list[int] = []
 
     class Counting(ExactIndex):
-        def search(self, queries: torch.Tensor, k: int, count: int) -> Candidates:
+        def search(self, queries: torch.Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
             searched.append(len(queries))
-            return super().search(queries, k, count)
+            return super().search(queries, k, count, probes=probes, allowed=allowed)
 
     retriever = Retriever(Counting(rows), rows, sharded(np.arange(30, dtype=np.int32)))
     found = retriever.retrieve(queries_of(keys, 3), torch.tensor([0, 4, 0]))
@@ -154,11 +156,11 @@ def test_candidates_of_the_index_are_measured_again_and_cut_by_exact_distance() 
     class Wrong(ExactIndex):
         """Says that far entries are near, and finds none at some places."""
 
-        def search(self, queries: torch.Tensor, k: int, count: int) -> Candidates:
+        def search(self, queries: torch.Tensor, k: int, count: int, *, probes: int = 0, allowed: EntryMask | None = None) -> Candidates:
             assert (k, count) == (3, 5)
             return Candidates(torch.zeros(1, count), torch.tensor([[7, -1, 2, 9, 4]]))
 
-    retriever = Retriever(Wrong(rows), rows, sharded(np.arange(10, dtype=np.int32) * 10), overfetch=1.5)
+    retriever = Retriever(Wrong(rows), rows, sharded(np.arange(10, dtype=np.int32) * 10), SearchSettings.fixed(0, 10, 0, 1.5))
     found = retriever.retrieve(torch.full((1, DIMENSION), 4.0), 3)
     assert found.ids.tolist() == [[4, 2, 7]]
     assert found.tokens.tolist() == [[40, 20, 70]]
@@ -205,7 +207,6 @@ def test_negative_k_is_refused() -> None:
 
 @pytest.mark.parametrize("overfetch", [0.5, 0.0, math.inf, math.nan])
 def test_overfetch_below_1_is_refused(overfetch: float) -> None:
-    rows = sharded(random_keys(5))
     with pytest.raises(InvalidInput) as refused:
-        Retriever(ExactIndex(rows), rows, rows, overfetch)
+        SearchSettings.fixed(0, 5, 0, overfetch)
     assert refused.value.field == "overfetch"
