@@ -15,7 +15,8 @@ from benchmarks import building, comparing, decoding
 from benchmarks.inputs import load_inputs
 from knnlm import console
 from knnlm.opening import open_store
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import build_datastore
+from knnlm_index_builder.settings import BuildSettings
 
 NAMES = ("building", "comparing", "decoding")
 

@@ -2,4 +2,5 @@
 
 from knnlm.cli import main
 
-main()
+if __name__ == "__main__":  # not in a worker process, which reads this file again
+    main()

@@ -8,7 +8,9 @@
     ├── ModelError              a language model can't be loaded or used
     │   └── KeyLayerNotFound    the tensor that serves as key is not found in its structure
     ├── CorpusError             input text can't be read, or yields nothing
-    ├── NonFiniteKey            a key is NaN, infinite or too large for the stored dtype
+    ├── NonFiniteKey            a key is NaN or infinite
+    │   └── KeyOverflow         it is too large for the dtype in which it would be stored
+    ├── WorkerLost              a worker process of a build ended without a word
     ├── IndexingError           a neighbour index can't be built, read or searched
     └── StoreError              something about a datastore
         ├── StoreNotFound       there is none at the path
@@ -16,7 +18,7 @@
         ├── StoreDamaged        a file is missing, truncated or does not match its checksum
         ├── StoreVersion        written in a format that this version does not know
         ├── StoreMismatch       it belongs to another model, tokenizer, key layer or corpus
-        └── StoreLocked         another build is writing it
+        └── StoreLocked         another process is writing it
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "InvalidInput",
     "KNNLMError",
     "KeyLayerNotFound",
+    "KeyOverflow",
     "MissingDependency",
     "ModelError",
     "NonFiniteKey",
@@ -37,6 +40,7 @@ __all__ = [
     "StoreMismatch",
     "StoreNotFound",
     "StoreVersion",
+    "WorkerLost",
 ]
 
 
@@ -54,6 +58,10 @@ class InvalidInput(KNNLMError):
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str]]:
+        # As it was made, so that it comes whole out of a worker process.
+        return type(self), (self.field, self.problem)
 
 
 class MissingDependency(KNNLMError):
@@ -73,7 +81,15 @@ class CorpusError(KNNLMError):
 
 
 class NonFiniteKey(KNNLMError):
-    """A key is NaN, infinite or too large for the dtype in which it is stored."""
+    """A key is NaN or infinite."""
+
+
+class KeyOverflow(NonFiniteKey):
+    """A key is too large for the dtype in which it would be stored."""
+
+
+class WorkerLost(KNNLMError):
+    """A worker process of a build ended without a word."""
 
 
 class IndexingError(KNNLMError):
@@ -105,4 +121,4 @@ class StoreMismatch(StoreError):
 
 
 class StoreLocked(StoreError):
-    """Another build is writing the datastore."""
+    """Another process is writing the datastore."""

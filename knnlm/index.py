@@ -6,11 +6,8 @@ Knows keys by number, not what they mean.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,15 +18,14 @@ from torch import Tensor
 from knnlm.datastore.files import read_json_with_checksum, write_json_with_checksum
 from knnlm.datastore.reader import ShardedRows
 from knnlm.entry_mask import EntryMask
-from knnlm.errors import IndexingError, InvalidInput, MissingDependency, StoreDamaged
+from knnlm.errors import IndexingError, MissingDependency, StoreDamaged
 
 EXACT = "exact"
 INDEX_FILE, INDEX_METADATA = "index.faiss", "index.json"
-TRAINING_POINTS_PER_LIST, FEWEST_TRAINING_POINTS = 64, 20_000
 GPU_LIMIT = 2048
-GPU_PQ_SIZES = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4)
-ADD_ROWS = 65_536
-SEED = 20200430
+# Codes of more bytes need lookup tables of half precision: a GPU's shared memory holds no larger ones.
+GPU_FULL_TABLES = 48
+RESIDENT_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,12 @@ class NeighborIndex(Protocol):
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """How an index was made. ``nlist``: cells of an inverted file, 0 without one. ``trained_on``: keys in its sample."""
+    """How an index was made.
+
+    ``nlist``: cells of an inverted file, 0 without one. ``trained_on``: keys in its training sample, drawn with ``seed``
+    out of ``trained_entries`` (all that there were; None: ``entries``). ``points_per_list``: how many keys a cell the
+    sample was to have; ``kmeans_iterations`` of the clustering into cells; ``fill_rows``: keys coded at a time.
+    """
 
     factory: str
     dimension: int
@@ -74,39 +75,22 @@ class IndexFacts:
     trained_on: int
     seed: int
     faiss_version: str | None
-
-
-def choose_factory(entries: int, dimension: int, *, gpu: bool = False) -> str:
-    """The FAISS factory string for ``--index auto``; ``docs/adr/0003-index-defaults.md`` has the figures behind it.
-
-    GPU indexes have no RaBitQ, and product quantizers of certain sizes only.
-    """
-    if entries <= 50_000:
-        return "Flat"
-    reduced, width = ("", dimension) if dimension <= 1024 else ("PCAR512,", 512)
-    root = math.sqrt(entries)
-    if entries <= 1_000_000:
-        return f"{reduced}IVF{_lists(2 * root, entries)},SQ8"
-    code = "RaBitQ"
-    if gpu:
-        code = f"PQ{next((m for m in GPU_PQ_SIZES if width % m == 0), 1)}x8np"
-    if entries <= 10_000_000:
-        return f"{reduced}IVF{_lists(4 * root, entries)},{code}"
-    if entries <= 100_000_000:
-        return f"{reduced}IVF65536_HNSW32,{code}"
-    return "OPQ64_256,IVF262144_HNSW32,PQ64x8np"
-
-
-def _lists(wanted: float, entries: int) -> int:
-    """A number of cells near ``wanted`` that ``entries`` training points can fill (FAISS wants 39 a cell)."""
-    return max(1, min(round(wanted), entries // 39))
+    trained_entries: int | None = None
+    points_per_list: int = 64
+    kmeans_iterations: int = 10
+    fill_rows: int = 65_536
 
 
 class ExactIndex:
-    """Every key compared with every query, in tiles: torch only, no file of its own. The reference, and exact on a GPU."""
+    """Every key compared with every query, in tiles: torch only, no file of its own. The reference, and exact on a GPU.
 
-    def __init__(self, keys: ShardedRows, device: str = "cpu", tile: int = 32_768) -> None:
+    ``resident``: bytes of the device's memory that the keys may stay in, in their stored dtype (None: on a GPU 80 % of
+    what is free, on a CPU none); keys that need more are read tile by tile at each search.
+    """
+
+    def __init__(self, keys: ShardedRows, device: str = "cpu", tile: int = 32_768, resident: int | None = None) -> None:
         self._keys, self._device, self._tile = keys, device, tile
+        self._resident = _resident_keys(keys, device, tile, _spare_memory(device) if resident is None else resident)
 
     @property
     def description(self) -> str:
@@ -128,8 +112,7 @@ class ExactIndex:
         queries = queries.to(self._device)
         best = torch.full((len(queries), 0), torch.inf, device=self._device)
         ids = torch.zeros((len(queries), 0), dtype=torch.int64, device=self._device)
-        for start, stored in self._keys.chunks(self._tile):
-            keys = stored.to(self._device).float()
+        for start, keys in self._tiles():
             distances = (keys * keys).sum(1) - 2 * (queries @ keys.T)
             if allowed is not None:
                 distances.masked_fill_(~allowed.rows(start, start + len(keys)).to(self._device), torch.inf)
@@ -142,6 +125,30 @@ class ExactIndex:
         return Candidates(
             torch.nn.functional.pad(best.cpu(), (0, missing), value=torch.inf), torch.nn.functional.pad(ids.cpu(), (0, missing), value=-1)
         )
+
+    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """All keys on the device in float32: (number of the first, tile)."""
+        if self._resident is None:
+            for start, stored in self._keys.chunks(self._tile):
+                yield start, stored.to(self._device).float()
+            return
+        for start in range(0, len(self._resident), self._tile):
+            yield start, self._resident[start : start + self._tile].float()
+
+
+def _spare_memory(device: str) -> int:
+    return 0 if device == "cpu" else int(RESIDENT_SHARE * torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def _resident_keys(keys: ShardedRows, device: str, tile: int, memory: int) -> Tensor | None:
+    """All keys on the device, in their stored dtype; None if they need more than ``memory`` bytes."""
+    row = keys.slice(0, 1)
+    if len(keys) * row.nbytes > memory:
+        return None
+    resident = torch.empty((len(keys), row.shape[1]), dtype=row.dtype, device=device)
+    for start, stored in keys.chunks(tile):
+        resident[start : start + len(stored)] = stored
+    return resident
 
 
 def _smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ def _smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class FaissIndex:
-    """A FAISS index with its facts; made by :func:`build_index`, opened by :meth:`open`."""
+    """A FAISS index with its facts, opened by :meth:`open`."""
 
     def __init__(self, index: Any, facts: IndexFacts, device: str = "cpu") -> None:
         faiss = import_faiss()
@@ -168,7 +175,7 @@ class FaissIndex:
         # FAISS leaves small batches of a flat search to a slow path unless this threshold fits the dimension.
         faiss.cvar.distance_compute_blas_threshold = 6 * facts.dimension
         if device != "cpu":
-            index = _to_gpu(index, device)
+            index = to_gpu(index, device)
         self._index = index
         self._transformed = isinstance(faiss.downcast_index(index), faiss.IndexPreTransform)
         self._selects = device == "cpu" and (facts.nlist > 0 or facts.factory == "Flat")
@@ -176,17 +183,9 @@ class FaissIndex:
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> FaissIndex:
         """Read an index from its folder; the file is memory-mapped on a CPU. Raises :class:`StoreDamaged`."""
-        faiss = import_faiss()
         facts = read_index_facts(folder)
-        path = folder / INDEX_FILE
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if device == "cpu" else 0)
-        except RuntimeError as error:
-            raise StoreDamaged(f"{path} is damaged: FAISS can't read it ({_first_line(error)}).") from error
-        if index.ntotal != facts.entries or index.d != facts.dimension:
-            raise StoreDamaged(
-                f"{path} holds {index.ntotal} vectors of width {index.d}, but {INDEX_METADATA} says {facts.entries} of {facts.dimension}."
-            )
+        index = read_index_file(folder / INDEX_FILE, mapped=device == "cpu")
+        _check_counts(folder / INDEX_FILE, index, facts)
         return cls(index, facts, device)
 
     @property
@@ -265,75 +264,29 @@ class FaissIndex:
         return faiss.SearchParametersPreTransform(index_params=inner) if self._transformed else inner
 
 
-def build_index(keys: ShardedRows, dimension: int, factory: str, folder: Path, device: str = "cpu") -> Iterator[tuple[str, int, int]]:
-    """Train, fill and write an index into ``folder``; yields (stage, done, total) as it goes.
+def read_index_file(path: Path, *, mapped: bool = True) -> Any:
+    """The FAISS index in a file; ``mapped``: without taking memory, and never to be added to (FAISS may abort the process).
 
-    The training sample is drawn with a fixed seed and read in ascending order; entries are added in order with their
-    numbers as ids, so the same keys give the same file. Raises :class:`InvalidInput` for a factory string that FAISS
-    refuses, :class:`IndexingError` if it fails.
+    Raises :class:`StoreDamaged`.
     """
-    if factory == EXACT:
-        _write_facts(folder, IndexFacts(EXACT, dimension, len(keys), 0, 0, 0, None))
-        return
-    faiss = import_faiss()
-    index, inverted = _new_index(factory, dimension, len(keys))
-    nlist = inverted.nlist if inverted is not None else 0
-    trained_on = 0
-    if not index.is_trained:
-        sample = training_sample(len(keys), max(TRAINING_POINTS_PER_LIST * nlist, FEWEST_TRAINING_POINTS))
-        trained_on = len(sample)
-        yield "training the index", 0, trained_on
-        with _said_of(factory, f"be trained with {trained_on} entries"):
-            index.train(keys.gather(sample).float().numpy())
-        yield "training the index", trained_on, trained_on
-    for start, piece in keys.chunks(ADD_ROWS):
-        with _said_of(factory, "take entries by number"):
-            index.add_with_ids(piece.float().numpy(), torch.arange(start, start + len(piece)).numpy())
-        yield "filling the index", start + len(piece), len(keys)
-    folder.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(index, str(folder / INDEX_FILE))
-    _write_facts(folder, IndexFacts(factory, dimension, len(keys), nlist, trained_on, SEED, faiss.__version__))
-
-
-@contextmanager
-def _said_of(factory: str, work: str) -> Iterator[None]:
-    """Turn a failure of FAISS into :class:`IndexingError` with the factory string."""
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        raise IndexingError(f"The index {factory!r} can't {work}: {_first_line(error)}. Choose another with --index.") from error
-
-
-def require_buildable(factory: str, dimension: int, entries: int) -> None:
-    """Raise :class:`InvalidInput` for a factory string that FAISS refuses, or that needs more entries than there are."""
-    if factory != EXACT:
-        _new_index(factory, dimension, entries)
-
-
-def training_sample(entries: int, most: int) -> Tensor:
-    """Sorted numbers of at most ``most`` entries, drawn with the project's seed."""
-    if entries <= most:
-        return torch.arange(entries)
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randperm(entries, generator=generator)[:most].sort().values
-
-
-def _new_index(factory: str, dimension: int, entries: int) -> tuple[Any, Any]:
     faiss = import_faiss()
     try:
-        index = faiss.index_factory(dimension, factory)
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
-        raise InvalidInput("index", f"{factory!r} is no FAISS factory string for width {dimension}: {_first_line(error)}.") from None
-    inverted = faiss.try_extract_index_ivf(index)
-    if inverted is None:
-        index = faiss.IndexIDMap2(index)
-    elif inverted.nlist > entries:
-        raise InvalidInput(
-            "index", f"{factory!r} has {inverted.nlist} cells, but there are only {entries} entries to train them with; use fewer."
+        raise StoreDamaged(f"{path} is damaged: FAISS can't read it ({faiss_said(error)}).") from error
+
+
+def _check_counts(path: Path, index: Any, facts: IndexFacts) -> None:
+    if index.ntotal != facts.entries or index.d != facts.dimension:
+        raise StoreDamaged(
+            f"{path} holds {index.ntotal} vectors of width {index.d}, but {INDEX_METADATA} says {facts.entries} of {facts.dimension}."
         )
-    else:
-        inverted.cp.seed = SEED
-    return index, inverted
+    inverted = import_faiss().try_extract_index_ivf(index)
+    nlist = 0 if inverted is None else inverted.nlist
+    if nlist != facts.nlist:
+        raise StoreDamaged(f"{path} has {nlist} cells, but {INDEX_METADATA} says {facts.nlist}.")
+    if nlist and (held := inverted.invlists.compute_ntotal()) != facts.entries:
+        raise StoreDamaged(f"{path} is damaged: its lists hold {held} entries, but its head says {facts.entries}.")
 
 
 def read_index_facts(folder: Path) -> IndexFacts:
@@ -343,10 +296,15 @@ def read_index_facts(folder: Path) -> IndexFacts:
         facts = IndexFacts(**content)
     except TypeError as error:
         raise StoreDamaged(f"{folder / INDEX_METADATA} is damaged: {error}.") from error
-    for name in ("dimension", "entries", "nlist", "trained_on", "seed"):
-        if type(getattr(facts, name)) is not int:
-            raise StoreDamaged(f"{folder / INDEX_METADATA} is damaged: {name} is {getattr(facts, name)!r}.")
+    for name, value in asdict(facts).items():
+        if name not in ("factory", "faiss_version") and type(value) is not int and (name, value) != ("trained_entries", None):
+            raise StoreDamaged(f"{folder / INDEX_METADATA} is damaged: {name} is {value!r}.")
     return facts
+
+
+def write_index_facts(folder: Path, facts: IndexFacts) -> None:
+    """Write what :func:`read_index_facts` reads; last of an index's files."""
+    write_json_with_checksum(folder / INDEX_METADATA, asdict(facts))
 
 
 def open_index(folder: Path, keys: ShardedRows | None, entries: int, device: str = "cpu") -> NeighborIndex:
@@ -375,23 +333,22 @@ def import_faiss() -> Any:
     return faiss
 
 
-def _to_gpu(index: Any, device: str) -> Any:
+def to_gpu(index: Any, device: str) -> Any:
+    """A copy of a FAISS index on a GPU (``cuda[:N]``). Raises :class:`MissingDependency` or :class:`IndexingError`."""
     faiss = import_faiss()
     if not hasattr(faiss, "StandardGpuResources"):
         raise MissingDependency('This FAISS has no GPU support; install it with: pip install "knnlm[gpu]".')
+    options = faiss.GpuClonerOptions()
+    inverted = faiss.try_extract_index_ivf(index)
+    options.useFloat16LookupTables = inverted is not None and inverted.code_size > GPU_FULL_TABLES
     try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.device(device).index or 0, index)
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.device(device).index or 0, index, options)
     except RuntimeError as error:
         raise IndexingError(
-            f"FAISS can't move this index to {device}: {_first_line(error)}. Build it with --index exact or IVF…,SQ8."
+            f"FAISS can't move this index to {device}: {faiss_said(error)}. Build it with --index exact or IVF…,SQ8."
         ) from error
 
 
-def _write_facts(folder: Path, facts: IndexFacts) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_with_checksum(folder / INDEX_METADATA, json.loads(json.dumps(asdict(facts))))
-
-
-def _first_line(error: Exception) -> str:
+def faiss_said(error: Exception) -> str:
     """What FAISS said, without the function and source line that it says first."""
     return re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().split("\n")[-1])[:200]

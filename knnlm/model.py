@@ -78,6 +78,13 @@ class LanguageModel(Protocol):
     fingerprint: ModelFingerprint
 
     @property
+    def dtype(self) -> str:
+        """In what it computes: float32, float16, bfloat16 or float64."""
+
+    def tokenizer(self, bos: BosMode = "auto", eos: bool = False) -> TextTokenizer:
+        """Its tokenizer with special tokens as asked."""
+
+    @property
     def device(self) -> torch.device:
         """Where its tensors live."""
 

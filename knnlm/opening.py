@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from knnlm.corpus import Corpus
-from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
@@ -14,6 +13,7 @@ from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
+from knnlm.model_source import ModelSource
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
 from knnlm.tokenized import TokenizedDocument, tokenize
@@ -51,29 +51,6 @@ class OpenedKNNLM:
         return generate(self.knn_lm, self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture)
 
 
-def load_model(
-    manifest: Manifest, *, model: str | None = None, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool | None = None
-) -> HFLanguageModel:
-    """The model that a store was built with, checked against the manifest's fingerprints.
-
-    ``model``: where it lies now, if it was moved. Facts that the manifest holds (revision, dtype, key layer) are not
-    asked for; code from a hub runs only with ``trust_remote_code=True``. Raises :class:`ModelError`,
-    :class:`StoreMismatch`.
-    """
-    facts, layer = manifest.model, manifest.key.layer
-    loaded = HFLanguageModel.load(
-        model or facts.name,
-        device=device,
-        dtype=dtype or facts.dtype,
-        revision=None if model else facts.revision,
-        trust_remote_code=bool(trust_remote_code),
-        key_layer="last_ffn_input" if layer.kind == "module_input" else layer.kind,
-        key_module=layer.module if layer.kind == "module_input" else None,
-    )
-    manifest.require_model(loaded)
-    return loaded
-
-
 def open_store(
     store: str | Path,
     *,
@@ -95,12 +72,13 @@ def open_store(
     profile = datastore.profile
     given = {name: value for name, value in (("k", k), ("temperature", temperature), ("weight", weight)) if value is not None}
     mixture = replace(profile.mixture if profile else Mixture(), **given).validate()  # type: ignore[arg-type]
-    source = "calibrated profile" if profile else "defaults"
+    settings_from = "calibrated profile" if profile else "defaults"
     if given:
-        source = "given" if len(given) == 3 else f"{', '.join(sorted(given))} given, the rest {source}"
-    loaded = load_model(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        settings_from = "given" if len(given) == 3 else f"{', '.join(sorted(given))} given, the rest {settings_from}"
+    source = ModelSource.of(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = source.load()
     index = open_index(datastore.path / datastore.manifest.index, datastore.keys, len(datastore), device)
     text = datastore.manifest.text
     tokenizer = loaded.tokenizer(text.bos, text.eos)  # type: ignore[arg-type]
     retriever = Retriever(index, datastore.keys, datastore.values, allowed=datastore.allowed)
-    return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, source)
+    return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, settings_from)

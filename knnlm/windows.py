@@ -70,11 +70,17 @@ def windows(length: int, windowing: Windowing) -> Iterator[Window]:
     >>> list(windows(5, Windowing(max_length=4, stride=2)))
     [Window(start=0, first_target=1, end=2), Window(start=0, first_target=2, end=4), Window(start=2, first_target=4, end=5)]
     """
+    for block in range(-(-length // windowing.stride)):
+        if (window := block_window(length, block, windowing)) is not None:
+            yield window
+
+
+def block_window(length: int, block: int, windowing: Windowing) -> Window | None:
+    """The window that predicts one block of a document of ``length`` tokens; None where it is the first token alone."""
     step, most = windowing.stride, windowing.max_length
-    for block_start in range(0, length, step):
-        first_target, end = max(block_start, 1), min(block_start + step, length)
-        if first_target < end:
-            yield Window(max(0, min(block_start + step - most, block_start - 1)), first_target, end)
+    start = block * step
+    first_target, end = max(start, 1), min(start + step, length)
+    return Window(max(0, min(start + step - most, start - 1)), first_target, end) if first_target < end else None
 
 
 @dataclass(frozen=True)

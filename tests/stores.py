@@ -15,7 +15,8 @@ import pytest
 
 from knnlm import cli
 from knnlm.model import HFLanguageModel
-from knnlm_index_builder.pipeline import BuildResult, BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import BuildResult, build_datastore
+from knnlm_index_builder.settings import BuildSettings, Resources
 
 __all__ = ["Silent", "build", "command", "contents", "gpt2", "knnlm", "llama", "text_folder", "token_folder"]
 
@@ -60,7 +61,7 @@ def build(
 ) -> BuildResult:
     """Build a store; ``settings`` are those of :class:`BuildSettings`."""
     paths = [inputs] if isinstance(inputs, Path) else list(inputs)
-    return build_datastore(paths, store, model, BuildSettings(**settings), Silent(), batch_tokens=batch_tokens)
+    return build_datastore(paths, store, model, BuildSettings(**settings), Silent(), Resources(batch_tokens=batch_tokens))
 
 
 def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
@@ -74,6 +75,8 @@ def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
     if "manifest.json" in found:
         manifest = json.loads(found["manifest.json"])
         del manifest["created"], manifest["checksum"]
+        if not receipts:
+            manifest["files"] = {name: facts for name, facts in manifest["files"].items() if not name.endswith("receipt.json")}
         found["manifest.json"] = json.dumps(manifest).encode()
     return found
 

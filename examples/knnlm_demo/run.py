@@ -23,7 +23,8 @@ from knnlm.evaluation.report import perplexity_table
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store
 from knnlm_demo.documents import Document, demo_documents, split_documents
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import build_datastore
+from knnlm_index_builder.settings import BuildSettings
 from knnlm_server.client import GenerationClient
 from knnlm_server.display import share_style
 from knnlm_server.sequence import FinishEvent, TokenEvent

@@ -1,26 +1,59 @@
-"""The subcommand ``knnlm build``."""
+"""The subcommands ``knnlm build`` and ``knnlm compact``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knnlm.errors import CorpusError, InvalidInput
+from knnlm.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from knnlm.corpus import Corpus
+    from knnlm_index_builder.pipeline import BuildResult
+
+SETTINGS_OF_A_STORE = (
+    "index", "keys", "on_overflow", "max_length", "stride", "bos", "eos", "split_documents", "key_layer", "key_module", "shard_tokens",
+    "dtype",
+)  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's subcommands to the command ``knnlm``."""
     app.command()(build)
+    app.command()(compact)
 
 
 def build(
-    text: Annotated[list[Path], typer.Argument(help="Text files, folders, .jsonl files or .npy token arrays.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", help="Any Hugging Face causal LM: hub name or local path.", show_default=False)],
+    context: typer.Context,
+    text: Annotated[
+        list[str], typer.Argument(help="Files, folders, globs or URLs of text (docs/inputs.md says which formats).", show_default=False)
+    ],
     store: Annotated[Path, typer.Option("--store", help="Folder of the datastore to be made.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Any Hugging Face causal LM: hub name or local path.", show_default="with --append: the store's"),
+    ] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add documents to a complete store; its model and settings apply.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what the build would take, and whether it fits; exit status 1 if it does not.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that run the model, each with its share of the cores.", min=1)] = 1,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for training and filling the index, such as 8GB.", show_default="half of the machine's")
+    ] = None,
     index: Annotated[str, typer.Option(help="auto, exact, or a FAISS factory string such as IVF1024,SQ8.")] = "auto",
-    keys: Annotated[str, typer.Option(help="Store keys as float16 or float32.")] = "float16",
+    keys: Annotated[
+        str, typer.Option(help="Store keys as float16 or float32; none: in the index's codes alone, whose distances then serve.")
+    ] = "float16",
+    on_overflow: Annotated[str, typer.Option(help="At a key that float16 can't hold: stop, or go over to float32 for all keys.")] = "stop",
+    tune_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", help="Held-out text on which search settings are chosen.", show_default="stored entries, own document left out"
+        ),
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="the model's context, up to 1024")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens that a window adds.", show_default="half of max-length")] = None,
     bos: Annotated[str, typer.Option(help="Begin documents with BOS: auto (as the tokenizer does), yes or no.")] = "auto",
@@ -47,44 +80,113 @@ def build(
 
     Killed or interrupted, the same command goes on from the last finished shard and ends in the same files.
     """
-    from knnlm import console, inspection
-    from knnlm.datastore.reader import Datastore
-    from knnlm.model import HFLanguageModel
-    from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+    from dataclasses import replace
 
-    if bos not in ("auto", "yes", "no"):
-        raise InvalidInput("bos", f"is {bos!r}, but must be auto, yes or no.")
-    if batch_size is not None and batch_size < 1:
-        raise InvalidInput("batch_size", f"is {batch_size}, but must be 1 or more.")
+    from knnlm import console, inspection
+    from knnlm.corpus import Corpus
+    from knnlm.datastore.manifest import Manifest
+    from knnlm.datastore.reader import Datastore
+    from knnlm.model_source import ModelSource
+    from knnlm_index_builder.executors import ProcessExecutor
+    from knnlm_index_builder.machine import parse_bytes, total_memory
+    from knnlm_index_builder.pipeline import append_documents, build_datastore
+    from knnlm_index_builder.settings import BuildSettings, Resources
+
+    if append:
+        _refuse_settings(context)
+    elif model is None:
+        raise InvalidInput("model", "is missing; name a Hugging Face causal LM (only --append takes the store's).")
     settings = BuildSettings(
-        index=index, keys=keys, max_length=max_length, stride=stride, bos=bos, eos=eos,  # type: ignore[arg-type]
+        index=index, keys=keys, on_overflow=on_overflow, max_length=max_length, stride=stride, bos=bos, eos=eos,  # type: ignore[arg-type]
         split_documents=split_documents, shard_tokens=shard_tokens,
     ).validate()  # fmt: skip
-    for path in text:
-        if not path.exists():
-            raise CorpusError(f"There is no file or folder {path}.")
+    if append:
+        base = Manifest.read(store)
+        split_documents = base.text.split_documents
+        source = ModelSource.of(base, model=model, device=device, dtype=None, trust_remote_code=trust_remote_code)
+    else:
+        source = ModelSource(str(model), device, dtype, revision, trust_remote_code, key_layer, key_module)
+    corpus = Corpus(text, split_documents)
+    tuning_text = Corpus(tune_on, split_documents) if tune_on else None
     console.quiet_transformers()
-    loaded = HFLanguageModel.load(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        key_layer=key_layer,
-        key_module=key_module,
-    )
+    loaded = source.load()
+    executor = ProcessExecutor(replace(source, expected=None).load, workers) if workers > 1 else None
+    resources = Resources(parse_bytes("memory", memory) if memory else total_memory() // 2, batch_size, executor)
     try:
         with console.progress() as reporter:
-            result = build_datastore(
-                text, store, loaded, settings, reporter, batch_tokens=batch_size, revision=revision, trust_remote_code=trust_remote_code
-            )
+            if append:
+                result = append_documents(corpus, store, loaded, reporter, resources, tuning_text=tuning_text)
+            else:
+                result = build_datastore(
+                    corpus,
+                    store,
+                    loaded,
+                    settings,
+                    reporter,
+                    resources,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    tuning_text=tuning_text,
+                )
     except KeyboardInterrupt:
         console.messages.print(f"What is finished stays in {store}; the same command goes on from there.")
         raise
-    if result.skipped:
-        console.messages.print(f"left out {len(result.skipped)} binary files: {', '.join(result.skipped[:5])}")
+    _say(result, corpus, store, append=append)
+    inspection.show(Datastore.open(store), as_json=json)
+
+
+def _refuse_settings(context: typer.Context) -> None:
+    """With --append the store's settings apply; one given beside it would be ignored in silence."""
+    for name in SETTINGS_OF_A_STORE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidInput(name, "can't be given with --append: the store was built with its own.")
+
+
+def _say(result: BuildResult, corpus: Corpus, store: Path, *, append: bool) -> None:
+    from knnlm import console
+
+    if corpus.skipped:
+        console.messages.print(f"left out {len(corpus.skipped)} binary files: {', '.join(corpus.skipped[:5])}")
     if result.empty:
         console.messages.print(f"left out {result.empty} empty documents")
+    for warning in result.warnings:
+        console.messages.print(f"warning: {warning}")
     if result.already_complete:
-        console.messages.print(f"{store} is complete already; nothing was changed")
+        done = "holds these documents already" if append else "is complete already"
+        console.messages.print(f"{store} {done}; nothing was changed")
+
+
+def compact(
+    store: Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)],
+    index: Annotated[
+        str | None,
+        typer.Option(help="Train and fill this index anew: auto, exact, or a FAISS factory string.", show_default="as built"),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for training and filling the index, such as 8GB.", show_default="half of the machine's")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Rewrite a datastore without its removed documents: their tokens, keys, codes and metadata leave the disk.
+
+    No model is needed. Killed or interrupted, the same command goes on; until it is done readers see the store as it was.
+    """
+    from knnlm import console, inspection
+    from knnlm.datastore.reader import Datastore
+    from knnlm_index_builder.compaction import compact as run
+    from knnlm_index_builder.machine import parse_bytes, total_memory
+    from knnlm_index_builder.settings import Resources
+
+    before = Datastore.open(store).manifest
+    with console.progress() as reporter:
+        result = run(store, reporter, Resources(parse_bytes("memory", memory) if memory else total_memory() // 2), index)
+    for warning in result.warnings:
+        console.messages.print(f"warning: {warning}")
+    if result.manifest.index == before.index:
+        console.messages.print(f"nothing is removed from {store}; nothing was changed")
+    else:
+        console.messages.print(
+            f"{result.documents:,} removed documents with {result.entries:,} entries are gone; {console.size(result.bytes_freed)} freed"
+        )
     inspection.show(Datastore.open(store), as_json=json)

@@ -12,21 +12,24 @@ import numpy as np
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.documents import DocumentRecord, DocumentWriter
-from knnlm.datastore.files import write_atomically
-from knnlm.errors import CorpusError
+from knnlm.datastore.files import named, sync_file, write_atomically
+from knnlm.errors import CorpusError, StoreDamaged
 from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
+from knnlm_index_builder.plan import require_same
 
 TOKENS, SPANS, DOCUMENTS, RECEIPT = "tokens.bin", "spans.bin", "documents.arrow", "corpus.json"
 
 
 @dataclass(frozen=True)
 class CorpusReceipt:
-    """What the first stage found. ``empty``: documents without any token, which are left out and counted."""
+    """What the first stage found. ``empty``: documents without any token, which are left out and counted; ``digest``: of
+    the corpus by content."""
 
     documents: int
     tokens: int
     empty: int
+    digest: str
 
     @property
     def entries(self) -> int:
@@ -34,36 +37,54 @@ class CorpusReceipt:
         return self.tokens - self.documents
 
 
-def ingest(corpus: Corpus, tokenizer: TextTokenizer, vocabulary_size: int, folder: Path, progress: Callable[[int], None]) -> CorpusReceipt:
+def ingest(
+    corpus: Corpus, tokenizer: TextTokenizer, vocabulary_size: int, folder: Path, progress: Callable[[str, int, int | None], None],
+    *, first_token: int = 0, first_serial: int = 0,
+) -> CorpusReceipt:  # fmt: skip
     """Write tokens, spans and the document table into ``folder``, and the receipt last; return it.
 
-    A receipt that is there already is taken as it is. ``progress`` is called with the number of tokens so far. Raises
-    :class:`CorpusError` for input that can't be read or yields no entry.
+    The corpus continues a store of ``first_token`` tokens, its documents' serials begin with ``first_serial``. A receipt
+    that is there already is taken, if it is of the same corpus. Raises :class:`CorpusError` for input that can't be read
+    or yields no entry, :class:`StoreMismatch` if the receipt is of another corpus.
     """
     receipt_path = folder / RECEIPT
     if receipt_path.exists():
-        return CorpusReceipt(**json.loads(receipt_path.read_text()))
+        return _same_corpus(CorpusReceipt(**json.loads(receipt_path.read_bytes())), corpus, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
+    receipt = _write(corpus, tokenizer, vocabulary_size, folder, progress, first_token, first_serial)
+    if receipt.entries < 1:
+        raise CorpusError(
+            f"The corpus yields no entry: {receipt.documents} documents with {receipt.tokens} tokens, {receipt.empty} empty ones; "
+            "each document needs at least two tokens."
+        )
+    for name in (TOKENS, SPANS, DOCUMENTS):
+        sync_file(folder / name)
+    write_atomically(receipt_path, json.dumps(asdict(receipt)).encode())
+    return receipt
+
+
+def _same_corpus(receipt: CorpusReceipt, corpus: Corpus, store: Path) -> CorpusReceipt:
+    require_same({"corpus": receipt.digest}, {"corpus": corpus.digest()}, f"{store} holds an unfinished build of another text")
+    return receipt
+
+
+def _write(
+    corpus: Corpus, tokenizer: TextTokenizer, vocabulary_size: int, folder: Path, progress: Callable[[str, int, int | None], None],
+    first_token: int, first_serial: int,
+) -> CorpusReceipt:  # fmt: skip
     documents = tokens = 0
     table = DocumentWriter(folder / DOCUMENTS)
     counting = _Counting(corpus)
-    with (folder / TOKENS).open("wb") as token_file, (folder / SPANS).open("wb") as span_file:
+    with named(folder / TOKENS), (folder / TOKENS).open("wb") as token_file, (folder / SPANS).open("wb") as span_file:
         for document in tokenize(counting, tokenizer, vocabulary_size):
             token_file.write(document.ids.tobytes())
             if document.spans is not None:
                 span_file.write(document.spans.tobytes())
-            table.add(_record(document, tokens, documents))
+            table.add(_record(document, first_token + tokens, first_serial + documents))
             documents, tokens = documents + 1, tokens + len(document.ids)
-            progress(tokens)
+            progress("reading", tokens, None)
     table.close()
-    receipt = CorpusReceipt(documents, tokens, counting.count - documents)
-    if receipt.entries < 1:
-        raise CorpusError(
-            f"The corpus yields no entry: {documents} documents with {tokens} tokens, {receipt.empty} empty ones; "
-            "each document needs at least two tokens."
-        )
-    write_atomically(receipt_path, json.dumps(asdict(receipt)).encode())
-    return receipt
+    return CorpusReceipt(documents, tokens, counting.count - documents, corpus.digest())
 
 
 class _Counting:
@@ -104,13 +125,25 @@ def _line_starts(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class IngestedCorpus:
-    """The first stage's files, memory-mapped: ``tokens`` [tokens] int32, ``spans`` [tokens, 2] uint32 or None."""
+    """The first stage's files in ``folder``; their first token is token ``first`` of the store's stream."""
 
-    tokens: np.ndarray[Any, np.dtype[np.int32]]
-    spans: np.ndarray[Any, np.dtype[np.uint32]] | None
+    folder: Path
+    first: int
+    pretokenized: bool
 
-    @classmethod
-    def open(cls, folder: Path, *, pretokenized: bool) -> IngestedCorpus:
-        """Map what :func:`ingest` wrote."""
-        tokens = np.memmap(folder / TOKENS, dtype=np.int32, mode="r")
-        return cls(tokens, None if pretokenized else np.memmap(folder / SPANS, dtype=np.uint32, mode="r").reshape(-1, 2))
+    def tokens(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Tokens [start, stop) of the store's stream. Read, not mapped: memory does not grow with the corpus."""
+        return _read(self.folder / TOKENS, np.dtype(np.int32), start - self.first, stop - self.first)
+
+    def spans(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
+        """Character spans [stop - start, 2] of those tokens; None for token arrays."""
+        if self.pretokenized:
+            return None
+        return _read(self.folder / SPANS, np.dtype(np.uint32), 2 * (start - self.first), 2 * (stop - self.first)).reshape(-1, 2)
+
+
+def _read(path: Path, dtype: np.dtype[Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+    found = np.fromfile(path, dtype=dtype, count=stop - start, offset=start * dtype.itemsize)
+    if len(found) != stop - start:
+        raise StoreDamaged(f"{path} ends too early; remove the folder {path.parent} and build again.")
+    return found

@@ -1,313 +1,307 @@
-"""Building a datastore: stages in order, each with a marker, the manifest last.
+"""Building a datastore and appending to one: stages in order, each with a marker, the manifest last.
 
 Killed anywhere, the same call goes on from the last finished shard and ends in the same bytes. Other settings or
-another corpus against a store that is there already are refused, naming the difference.
+another corpus against what is there already are refused, naming the difference.
 """
 
 from __future__ import annotations
 
-import datetime
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 import knnlm
 from knnlm.corpus import Corpus
+from knnlm.datastore.audit import log_operation
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.files import FileFacts, file_facts, sync_folder, write_atomically
-from knnlm.datastore.manifest import (
-    BUILD_FOLDER,
-    MANIFEST,
-    Counts,
-    KeyFacts,
-    Manifest,
-    ModelFacts,
-    ShardFacts,
-    TextFacts,
-)
-from knnlm.datastore.reader import KEYS, ShardedRows, check_files
-from knnlm.errors import InvalidInput, KNNLMError, StoreError, StoreLocked, StoreMismatch
-from knnlm.index import EXACT, build_index, choose_factory, import_faiss, require_buildable
-from knnlm.model import HFLanguageModel
-from knnlm.tokenization import BosMode
+from knnlm.datastore.files import FileFacts, file_facts, write_atomically
+from knnlm.datastore.manifest import Counts, KeyFacts, Manifest, ModelFacts, ShardFacts, TextFacts
+from knnlm.datastore.reader import check_files, removed_serials
+from knnlm.errors import CorpusError, KeyOverflow, KNNLMError, StoreMismatch
+from knnlm.index import EXACT, import_faiss, read_index_facts
+from knnlm.model import LanguageModel
+from knnlm.tokenization import TextTokenizer
 from knnlm.windows import Windowing
-from knnlm_index_builder.encode import ShardDescriptor, ShardReceipt, build_shard, plan_shards, read_receipt
+from knnlm_index_builder.encode import ShardDescriptor, ShardReceipt, plan_shards, read_receipt
+from knnlm_index_builder.index_stage import IndexStage
 from knnlm_index_builder.ingest import DOCUMENTS, CorpusReceipt, IngestedCorpus, ingest
+from knnlm_index_builder.plan import require_same
+from knnlm_index_builder.progress import Meter, Progress
+from knnlm_index_builder.search_stage import choose_search
+from knnlm_index_builder.settings import BuildSettings, Resources
+from knnlm_index_builder.site import SETTINGS, Site, as_json, held, is_complete, next_name, now, shard_files
 
-DOCUMENT_TABLE = "documents/00000.arrow"
-INDEX_FOLDER = "index/00000"
-SETTINGS = "settings.json"
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32_768
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What the bytes of a store depend on, beside model and corpus.
-
-    ``index``: ``auto``, ``exact`` or a FAISS factory string; ``keys``: float16 or float32; ``max_length`` and
-    ``stride`` of windows (None: the defaults of :class:`knnlm.windows.Windowing`); ``bos``, ``eos`` and
-    ``split_documents`` as in :class:`knnlm.tokenization.TextTokenizer` and :class:`knnlm.corpus.Corpus`;
-    ``shard_tokens``: tokens in a shard at most, the unit of work that a killed build does again.
-    """
-
-    index: str = "auto"
-    keys: str = "float16"
-    max_length: int | None = None
-    stride: int | None = None
-    bos: BosMode = "auto"
-    eos: bool = False
-    split_documents: str | None = None
-    shard_tokens: int = 262_144
-
-    def validate(self) -> BuildSettings:
-        """Return self; raise :class:`InvalidInput` naming the field that is out of range."""
-        if self.keys not in ("float16", "float32"):
-            raise InvalidInput("keys", f"is {self.keys!r}, but must be float16 or float32.")
-        if self.shard_tokens < 1:
-            raise InvalidInput("shard_tokens", f"is {self.shard_tokens}, but must be 1 or more.")
-        return self
-
-
-class Progress(Protocol):
-    """Told how far a stage is; ``total`` is None while it is not known."""
-
-    def update(self, stage: str, done: int, total: int | None) -> None:
-        """``done`` of ``total`` tokens or entries of ``stage`` are finished."""
+KEY_DTYPE = "key-dtype"
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """``manifest`` of the store; ``already_complete`` if nothing had to be done; ``skipped`` binary files; ``empty``
-    documents that had no token."""
+    """``manifest`` of the store; ``already_complete`` if nothing had to be done; ``empty`` documents that had no token;
+    ``warnings``: sentences for whoever ran the build."""
 
     manifest: Manifest
     already_complete: bool
-    skipped: list[str]
-    empty: int
+    empty: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is built: from which corpus, with which model and settings, at which site."""
+
+    site: Site
+    corpus: Corpus
+    model: LanguageModel
+    settings: BuildSettings
+    windowing: Windowing
+    resources: Resources
+    progress: Progress
+    tuning_text: Corpus | None
 
 
 def build_datastore(
-    inputs: Sequence[str | Path],
-    store: Path,
-    model: HFLanguageModel,
-    settings: BuildSettings,
-    progress: Progress,
-    *,
-    batch_tokens: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> BuildResult:
-    """Build the datastore of ``inputs`` at ``store``, going on from where an earlier call was killed.
+    inputs: Corpus | Sequence[str | Path], store: Path, model: LanguageModel, settings: BuildSettings, progress: Progress,
+    resources: Resources | None = None,
+    *, revision: str | None = None, trust_remote_code: bool = False, tuning_text: Corpus | None = None,
+) -> BuildResult:  # fmt: skip
+    """Build the datastore of ``inputs`` (a corpus, or paths) at ``store``, going on from where an earlier call was killed.
 
-    ``batch_tokens``: tokens in one forward pass; it changes speed and memory, never a key (None: 2,048 on a CPU).
-    Raises :class:`CorpusError`, :class:`NonFiniteKey`, :class:`StoreMismatch`, :class:`StoreLocked` and others.
+    ``tuning_text``: held-out text on which search settings are chosen (None: on stored entries). Raises
+    :class:`CorpusError`, :class:`NonFiniteKey`, :class:`StoreMismatch`, :class:`StoreLocked` and others.
     """
     settings.validate()
-    corpus = Corpus(inputs, settings.split_documents)
+    corpus = inputs if isinstance(inputs, Corpus) else Corpus(inputs, settings.split_documents)
+    resources = resources or Resources()
     windowing = Windowing.for_context(model.context, settings.max_length, settings.stride)
     if settings.index != EXACT:
         import_faiss()
-    with _locked(store):
-        plan = _plan(corpus, model, settings, windowing)
-        if (store / MANIFEST).exists():
-            manifest = Manifest.read(store)
-            check_files(store, manifest, verify=False)
-            _require_same(json.loads((store / SETTINGS).read_text()), plan, f"{store} holds a datastore of another build")
-            shutil.rmtree(store / BUILD_FOLDER, ignore_errors=True)
-            return BuildResult(manifest, True, corpus.skipped, 0)
-        build = _Build(store, model, settings, windowing, plan, batch_tokens or _default_batch(model))
-        return build.run(corpus, progress, revision, trust_remote_code)
+    with held(store):
+        plan = {"operation": "build", **settings.plan(model, windowing)}
+        if tuning_text is not None:
+            plan["text"] = tuning_text.digest()
+        if is_complete(store):
+            return _complete(store, corpus, plan)
+        site = Site(store)
+        site.claim(plan)
+        facts = ModelFacts(model.name, revision, trust_remote_code, model.dtype, model.fingerprint, model.vocabulary_size)
+        extension = _Extension(_Work(site, corpus, model, settings, windowing, resources, progress, tuning_text))
+        return extension.run(lambda made: _first_manifest(made, facts, plan))
 
 
-class _Meter:
-    """Adds up what a stage has done."""
+def append_documents(
+    corpus: Corpus, store: Path, model: LanguageModel, progress: Progress, resources: Resources | None = None,
+    *, tuning_text: Corpus | None = None,
+) -> BuildResult:  # fmt: skip
+    """Add the documents of ``corpus`` to a complete store: new shards, and the index with their entries; no rebuild.
 
-    def __init__(self, progress: Progress, stage: str, total: int) -> None:
-        self._progress, self._stage, self._total, self._done = progress, stage, total, 0
+    ``model`` must be the store's; all settings come from there. Killed anywhere, the same call goes on, and until it is
+    done every reader sees the store as it was. Raises :class:`CorpusError` for a document whose id is there already.
+    """
+    with held(store):
+        base = Manifest.read(store)
+        check_files(store, base, verify=False)
+        base.require_model(model)
+        site = Site(store, base)
+        known = json.loads((store / SETTINGS).read_bytes())
+        settings = BuildSettings(
+            index=read_index_facts(store / base.index).factory, keys=base.key.dtype, max_length=base.windowing.max_length,
+            stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
+            split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
+        )  # fmt: skip
+        digest = corpus.digest()
+        if digest in base.appended:
+            site.clean_up(base)
+            return BuildResult(base, True)
+        if corpus.pretokenized != base.text.pretokenized:
+            kinds = ("token arrays", "text")
+            raise StoreMismatch(
+                f"{store} holds {kinds[not base.text.pretokenized]}, but the input is {kinds[not corpus.pretokenized]}; build another."
+            )
+        plan = {"operation": "append", "corpus": digest, "documents": base.documents, "entries": base.counts.entries, "index": base.index}
+        site.claim(plan)
+        work = _Work(site, corpus, model, settings, base.windowing, resources or Resources(), progress, tuning_text)
+        return _Extension(work).run(lambda made: _next_manifest(made, base, store))
 
-    def advance(self, count: int) -> None:
-        self._done += count
-        self._progress.update(self._stage, self._done, self._total)
+
+def _complete(store: Path, corpus: Corpus, plan: dict[str, Any]) -> BuildResult:
+    """Nothing to do, if the store is what was asked for."""
+    manifest = Manifest.read(store)
+    check_files(store, manifest, verify=False)
+    site = Site(store, manifest)
+    found = {"operation": "build", "on_overflow": "stop", **json.loads((store / SETTINGS).read_bytes())}
+    require_same(found, {"corpus": corpus.digest(), **plan}, f"{store} holds a datastore of another build")
+    begun = site.begun()
+    if begun is None or begun["operation"] == "build":
+        site.clean_up(manifest)
+    return BuildResult(manifest, True)
 
 
-class _Build:
-    """One run of the stages over one store."""
+@dataclass(frozen=True)
+class _Made:
+    """What an operation has made: new shards and files, and the facts that a manifest is written from."""
 
-    def __init__(
-        self, store: Path, model: HFLanguageModel, settings: BuildSettings, windowing: Windowing, plan: dict[str, Any], batch_tokens: int
-    ) -> None:
-        self._store, self._model, self._settings, self._windowing = store, model, settings, windowing
-        self._plan, self._batch_tokens = plan, batch_tokens
-        self._scratch = store / BUILD_FOLDER
+    work: _Work
+    corpus: CorpusReceipt
+    tokenizer: TextTokenizer
+    shards: list[ShardReceipt]
+    key_dtype: str
+    segment: str
+    index: str
+    files: dict[str, FileFacts]
 
-    def run(self, corpus: Corpus, progress: Progress, revision: str | None, trust_remote_code: bool) -> BuildResult:
-        self._claim()
-        tokenizer = self._model.tokenizer(self._settings.bos, self._settings.eos)
+
+class _Extension:
+    """One run of the stages: everything that a corpus adds to what a store holds, which may be nothing."""
+
+    def __init__(self, work: _Work) -> None:
+        self._work, self._site, base = work, work.site, work.site.base
+        self._scratch = work.site.scratch
+        self._documents_before = base.documents if base else []
+        self._tokens_before = base.counts.tokens if base else 0
+        self._serial = base.next_serial if base else 0
+
+    def run(self, manifest_of: Callable[[_Made], Manifest]) -> BuildResult:
+        """Read, encode, index, measure, commit."""
+        work, store = self._work, self._site.store
+        tokenizer = work.model.tokenizer(work.settings.bos, work.settings.eos)
+        receipt, index = self._read(tokenizer)
+        shards, key_dtype = self._encode_and_fall_back(index, receipt)
+        index.build(shards)
+        segment = f"documents/{next_name(self._documents_before[-1] if self._documents_before else None)}.arrow"
+        self._site.place(self._scratch / DOCUMENTS, segment)
+        files = {segment: file_facts(store / segment), **shard_files(shards, store), **index.files()}
+        manifest = manifest_of(_Made(work, receipt, tokenizer, shards, key_dtype, segment, index.name, files))
+        manifest = choose_search(self._site, manifest, work.model, index, work.tuning_text, work.progress)
+        check_files(store, manifest, verify=False)
+        self._site.commit(manifest)
+        return BuildResult(manifest, False, receipt.empty, tuple(index.warnings))
+
+    def _read(self, tokenizer: TextTokenizer) -> tuple[CorpusReceipt, IndexStage]:
+        work, site = self._work, self._site
         try:
             receipt = ingest(
-                corpus, tokenizer, self._model.vocabulary_size, self._scratch, lambda done: progress.update("reading", done, None)
-            )
-            factory = self._factory(receipt.entries)
+                work.corpus, tokenizer, work.model.vocabulary_size, self._scratch, work.progress.update,
+                first_token=self._tokens_before, first_serial=self._serial,
+            )  # fmt: skip
+            self._paths = (*(site.store / name for name in self._documents_before), self._scratch / DOCUMENTS)
+            self._stream = IngestedCorpus(self._scratch, self._tokens_before, work.corpus.pretokenized)
+            self._documents = DocumentTable(self._paths)
+            self._require_new_ids(self._documents)
+            entries = receipt.entries + (site.base.counts.entries if site.base else 0)
+            index = IndexStage(
+                site, work.settings.index, work.model.key_dimension, entries, work.resources, work.progress,
+                keys_stored=work.settings.keys != "none", device=str(work.model.device), extends=site.base is not None,
+            )  # fmt: skip
+            index.require_possible()
         except KNNLMError:
             # Nothing of worth was made yet, so the folder stays free for another corpus or index.
-            shutil.rmtree(self._scratch)
+            site.abandon()
             raise
-        documents = DocumentTable([self._scratch / DOCUMENTS])
-        stream = IngestedCorpus.open(self._scratch, pretokenized=corpus.pretokenized)
-        receipts = self._encode(documents, stream, receipt, progress)
-        self._index([r.facts for r in receipts], factory, progress)
-        text = TextFacts(
-            self._settings.bos, self._settings.eos, tokenizer.bos_id, tokenizer.eos_id, self._settings.split_documents, corpus.pretokenized
-        )
-        manifest = self._finish(receipts, receipt, text, revision, trust_remote_code)
-        return BuildResult(manifest, False, corpus.skipped, receipt.empty)
+        return receipt, index
 
-    def _claim(self) -> None:
-        """Note the settings on a new store, or compare them with those of the build that was interrupted."""
-        path = self._scratch / SETTINGS
-        if path.exists():
-            _require_same(
-                json.loads(path.read_text()), self._plan, f"{self._store} holds an unfinished build, to be removed if it is not wanted"
-            )
+    def _require_new_ids(self, documents: DocumentTable) -> None:
+        """An id names one document that is not removed."""
+        base = self._site.base
+        if base is None:
             return
-        others = [entry.name for entry in self._store.iterdir() if entry.name != BUILD_FOLDER]
-        if others:
-            raise StoreError(
-                f"{self._store} is not empty and no datastore (it holds {', '.join(sorted(others)[:3])}); choose another --store."
+        clash = documents.clash(base.counts.documents, removed_serials(self._site.store, base))
+        if clash is not None:
+            raise CorpusError(
+                f"The document id {clash!r} is in {self._site.store} already; remove it first (knnlm remove), or leave it out."
             )
-        self._scratch.mkdir(exist_ok=True)
-        write_atomically(path, _json(self._plan))
 
-    def _encode(self, documents: DocumentTable, stream: IngestedCorpus, corpus: CorpusReceipt, progress: Progress) -> list[ShardReceipt]:
-        receipts = []
-        meter = _Meter(progress, "encoding", corpus.entries)
-        (self._store / "shards").mkdir(exist_ok=True)
-        for facts in plan_shards(documents, self._windowing, self._settings.shard_tokens):
-            folder = self._store / "shards" / facts.name
-            receipt = read_receipt(folder)
-            if receipt is None:
-                descriptor = ShardDescriptor(facts, self._windowing, self._settings.keys)
-                receipt = build_shard(
-                    descriptor, stream, documents, self._model, folder,
-                    batch_tokens=self._batch_tokens, dtype=self._model.dtype, progress=meter.advance,
-                )  # fmt: skip
-            else:
-                meter.advance(facts.entries)
-            receipts.append(receipt)
-        return receipts
-
-    def _factory(self, entries: int) -> str:
-        """The index to build, known to be possible before the model runs."""
-        dimension, factory = self._model.key_dimension, self._settings.index
-        if factory == "auto":
-            factory = choose_factory(entries, dimension, gpu=self._model.device.type == "cuda")
-        require_buildable(factory, dimension, entries)
-        return factory
-
-    def _index(self, shards: list[ShardFacts], factory: str, progress: Progress) -> None:
-        folder = self._store / INDEX_FOLDER
-        if folder.exists():
-            return
-        arrays = [np.load(self._store / "shards" / shard.name / KEYS, mmap_mode="c") for shard in shards]
-        keys = ShardedRows(arrays, [shard.entry_start for shard in shards])
-        aside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        for stage, done, total in build_index(keys, self._model.key_dimension, factory, aside):
-            progress.update(stage, done, total)
-        aside.rename(folder)
-        sync_folder(folder.parent)
-
-    def _finish(
-        self, receipts: list[ShardReceipt], corpus: CorpusReceipt, text: TextFacts, revision: str | None, trust_remote_code: bool
-    ) -> Manifest:
-        table = self._store / DOCUMENT_TABLE
-        table.parent.mkdir(exist_ok=True)
-        write_atomically(table, (self._scratch / DOCUMENTS).read_bytes())
-        write_atomically(self._store / SETTINGS, _json(self._plan))
-        files: dict[str, FileFacts] = {DOCUMENT_TABLE: file_facts(table), SETTINGS: file_facts(self._store / SETTINGS)}
-        for receipt in receipts:
-            files |= {f"shards/{receipt.facts.name}/{name}": facts for name, facts in receipt.files.items()}
-        for path in sorted((self._store / INDEX_FOLDER).iterdir()):
-            files[f"{INDEX_FOLDER}/{path.name}"] = file_facts(path)
-        model = self._model
-        manifest = Manifest(
-            knnlm_version=knnlm.__version__,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            model=ModelFacts(model.name, revision, trust_remote_code, model.dtype, model.fingerprint, model.vocabulary_size),
-            key=KeyFacts(model.key_layer, model.key_dimension, self._settings.keys),
-            text=text,
-            windowing=self._windowing,
-            counts=Counts(corpus.documents, corpus.tokens, corpus.entries),
-            shards=[receipt.facts for receipt in receipts],
-            documents=[DOCUMENT_TABLE],
-            next_serial=corpus.documents,
-            index=INDEX_FOLDER,
-            corpus_xxh3=self._plan["corpus"],
-            files=files,
-        )
-        check_files(self._store, manifest, verify=False)
-        manifest.write(self._store)
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        return manifest
-
-
-def _plan(corpus: Corpus, model: HFLanguageModel, settings: BuildSettings, windowing: Windowing) -> dict[str, Any]:
-    """Everything that the store's bytes depend on, flat, so that a difference can be named."""
-    return {
-        "corpus": corpus.digest(),
-        **{f"model {part}": value for part, value in asdict(model.fingerprint).items()},
-        "dtype": model.dtype,
-        "key layer": f"{model.key_layer.kind} ({model.key_layer.module})",
-        **asdict(settings),
-        "max_length": windowing.max_length,
-        "stride": windowing.stride,
-    }
-
-
-PLAN_NAMES = {"corpus": "the text (xxh3 of its content)"}
-
-
-def _require_same(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    differences = [
-        f"{PLAN_NAMES.get(name, name)} is {found.get(name)!r} there and {value!r} now"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if differences:
-        raise StoreMismatch(f"{what}: {'; '.join(differences)}. Choose another --store, or the same input and settings.")
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def _default_batch(model: HFLanguageModel) -> int:
-    return CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
-
-
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Hold the store's folder locked for one build. The system releases it when the process ends, however it ends."""
-    if store.exists() and not store.is_dir():
-        raise StoreError(f"{store} is a file; --store names a folder.")
-    store.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(store, os.O_RDONLY)
-    try:
+    def _encode_and_fall_back(self, index: IndexStage, receipt: CorpusReceipt) -> tuple[list[ShardReceipt], str]:
+        """Shards, and the dtype of their keys: the one asked for, unless a key overflowed and another was allowed."""
+        settings, marker = self._work.settings, self._scratch / KEY_DTYPE
+        key_dtype = marker.read_text() if marker.exists() else settings.keys
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreLocked(f"Another build is writing {store}; wait for it, or choose another --store.") from None
-        yield
-    finally:
-        os.close(descriptor)
-        # A build that was refused before it began leaves nothing behind; a folder that holds something stays.
-        with suppress(OSError):
-            store.rmdir()
+            return self._encode(index, key_dtype, receipt), key_dtype
+        except KeyOverflow:
+            if settings.on_overflow == "stop":
+                raise
+        write_atomically(marker, settings.on_overflow.encode())
+        return self._encode(index, settings.on_overflow, receipt), settings.on_overflow
+
+    def _encode(self, index: IndexStage, key_dtype: str, corpus: CorpusReceipt) -> list[ShardReceipt]:
+        work, folder = self._work, self._site.store / "shards"
+        trained = None
+        if key_dtype == "none":
+            trained = index.train_before_encoding(self._stream, self._documents, work.windowing, work.model)
+        meter = Meter(work.progress, "encoding", corpus.entries)
+        receipts, missing = [], []
+        folder.mkdir(exist_ok=True)
+        for facts in self._planned():
+            receipt = read_receipt(folder / facts.name)
+            if receipt is not None and receipt.key_dtype == key_dtype:
+                receipts.append(receipt)
+                meter.advance(facts.entries)
+                continue
+            shutil.rmtree(folder / facts.name, ignore_errors=True)
+            missing.append(
+                ShardDescriptor(
+                    facts,
+                    self._stream,
+                    self._paths,
+                    folder / facts.name,
+                    work.windowing,
+                    key_dtype,
+                    work.resources.batch(work.model),
+                    trained,
+                    index.part(facts) if trained else None,
+                )
+            )  # fmt: skip
+        receipts += work.resources.executor_for(work.model).run(missing, meter.advance)
+        return sorted(receipts, key=lambda receipt: receipt.facts.token_start)
+
+    def _planned(self) -> list[ShardFacts]:
+        base, work = self._site.base, self._work
+        first = 1 + max(int(shard.name) for shard in base.shards) if base else 0
+        return plan_shards(self._documents, work.windowing, work.settings.shard_tokens, self._tokens_before, first)
+
+
+def _first_manifest(made: _Made, model: ModelFacts, plan: dict[str, Any]) -> Manifest:
+    """Of a new store."""
+    work, store, tokenizer = made.work, made.work.site.store, made.tokenizer
+    write_atomically(store / SETTINGS, as_json({"corpus": made.corpus.digest, **plan}))
+    text = TextFacts(
+        work.settings.bos, work.settings.eos, tokenizer.bos_id, tokenizer.eos_id, work.settings.split_documents, work.corpus.pretokenized
+    )
+    return Manifest(
+        knnlm_version=knnlm.__version__,
+        created=now(),
+        model=model,
+        key=KeyFacts(work.model.key_layer, work.model.key_dimension, made.key_dtype),
+        text=text,
+        windowing=work.windowing,
+        counts=Counts(made.corpus.documents, made.corpus.tokens, made.corpus.entries),
+        shards=[receipt.facts for receipt in made.shards],
+        documents=[made.segment],
+        next_serial=made.corpus.documents,
+        index=made.index,
+        corpus_xxh3=made.corpus.digest,
+        files={SETTINGS: file_facts(store / SETTINGS), **made.files},
+    )
+
+
+def _next_manifest(made: _Made, base: Manifest, store: Path) -> Manifest:
+    """Of a store that was appended to."""
+    counts, new = base.counts, made.corpus
+    gone = (f"{base.index}/", base.search or f"{base.index}/")
+    audit = log_operation(store, base, "append", corpus_xxh3=new.digest, documents=new.documents, entries=new.entries)
+    return replace(
+        base,
+        knnlm_version=knnlm.__version__,
+        created=now(),
+        counts=Counts(counts.documents + new.documents, counts.tokens + new.tokens, counts.entries + new.entries),
+        shards=[*base.shards, *(receipt.facts for receipt in made.shards)],
+        documents=[*base.documents, made.segment],
+        next_serial=base.next_serial + new.documents,
+        index=made.index,
+        search=None,
+        audit=audit,
+        appended=[*base.appended, new.digest],
+        files={**{name: facts for name, facts in base.files.items() if not name.startswith(gone)}, **made.files},
+    )

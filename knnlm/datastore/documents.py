@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
 )
 SCHEMA_1 = SCHEMA.remove(SCHEMA.get_field_index("serial"))
 """Of format version 1, where the serial is the row's number."""
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,15 @@ class DocumentRecord:
 class DocumentWriter:
     """Writes the table row by row in batches, so memory does not grow with the corpus."""
 
-    def __init__(self, path: Path, batch: int = 4096) -> None:
+    def __init__(self, path: Path) -> None:
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._rows: list[dict[str, Any]] = []
-        self._batch = batch
 
     def add(self, record: DocumentRecord) -> None:
         """Append one document."""
         self._rows.append({**record.__dict__, "metadata": json.dumps(record.metadata, ensure_ascii=False, sort_keys=True)})
-        if len(self._rows) >= self._batch:
+        if len(self._rows) >= ROWS_AT_ONCE:
             self._flush()
 
     def close(self) -> None:
@@ -112,6 +112,25 @@ class DocumentTable:
         """Numbers of the documents whose ``id`` or ``source`` is one of ``values``."""
         found = pc.is_in(self._table[column], value_set=pa.array(values, pa.string()))
         return np.flatnonzero(found.to_numpy())
+
+    def clash(self, before: int, serials: np.ndarray[Any, np.dtype[np.int64]]) -> str | None:
+        """An id that a document from row ``before`` on shares with an earlier one whose serial is not among ``serials``."""
+        old = self._table["id"].slice(0, before).filter(pa.array(~np.isin(self.serials[:before], serials)))
+        new = self._table["id"].slice(before)
+        both = new.filter(pc.is_in(new, value_set=old.combine_chunks()))
+        return both[0].as_py() if len(both) else None
+
+    def write_rows(self, rows: np.ndarray[Any, np.dtype[np.int64]], path: Path) -> None:
+        """Write the documents ``rows`` (ascending) as a table of their own at ``path``, their tokens one after another."""
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            token_start = 0
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                part = self._table.take(rows[first : first + ROWS_AT_ONCE]).combine_chunks()
+                counts = part["tokens"].to_numpy()
+                starts = token_start + np.cumsum(counts) - counts
+                token_start += int(counts.sum())
+                part = part.set_column(SCHEMA.get_field_index("token_start"), SCHEMA.field("token_start"), pa.array(starts))
+                writer.write_table(part.cast(SCHEMA))
 
     def metadata(self) -> Iterable[dict[str, Any]]:
         """The metadata of each document, in corpus order."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -35,13 +37,35 @@ def _with_checksum(content: Mapping[str, Any]) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write aside, flush to disk, rename."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    with written_aside(path) as file:
         file.write(content)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its place at ``path`` when the block ends, whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with named(aside), aside.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def made_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to write files into, which takes its place at ``folder`` when the block ends; nothing may be there."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with named(aside):
+        yield aside
+    for path in aside.iterdir():
+        sync_file(path)
+    aside.rename(folder)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,6 +107,17 @@ def file_facts(path: Path, most: int | None = None) -> FileFacts:
             digest.update(piece)
             size += len(piece)
     return FileFacts(size, digest.hexdigest())
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an OSError that says of no file (a write to a full disk) the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def sync_file(path: Path) -> None:

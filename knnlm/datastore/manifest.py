@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,8 +147,8 @@ class Manifest:
         return self.counts.entries - (self.removed.entries if self.removed else 0)
 
     def write(self, store: Path) -> None:
-        """Write ``manifest.json`` atomically, with a checksum over itself."""
-        write_json_with_checksum(store / MANIFEST, asdict(self))
+        """Write ``manifest.json`` atomically, in the newest format, with a checksum over itself."""
+        write_json_with_checksum(store / MANIFEST, asdict(replace(self, format_version=FORMAT_VERSION)))
 
     @classmethod
     def read(cls, store: Path) -> Manifest:
@@ -206,7 +206,6 @@ def _from_version_1(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "removed": None,
         "audit": None,
         "appended": [],
-        "format_version": FORMAT_VERSION,
     }
 
 

@@ -86,9 +86,9 @@ class ShardedRows:
 class Datastore:
     """An open datastore. Use :meth:`open`.
 
-    ``keys`` [entries, dimension] float16 or float32 (None: not stored), ``values`` [entries] int32 and ``tokens`` [tokens]
-    int32 are memory-mapped; ``documents`` is the table of where they came from; ``tombstones`` say which of those were
-    removed. Numbers of entries and documents count removed ones too. ``profile``: the calibrated mixture, if there is one.
+    ``keys`` [entries, dimension] float16 or float32 (None: not stored), ``values`` [entries] int32, ``tokens`` [tokens]
+    int32 and ``spans`` [tokens, 2] uint32 (None: built from token arrays) are memory-mapped; ``documents`` is the table of
+    where they came from; ``tombstones`` say which of those were removed. Numbers of entries and documents count removed ones too. ``profile``: the calibrated mixture, if there is one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, signature: Signature) -> None:
@@ -109,9 +109,9 @@ class Datastore:
             self.keys = ShardedRows(self._arrays(KEYS, key_dtype, lambda s: (s.entries, manifest.key.dimension)), entry_starts)
         self.values = ShardedRows(self._arrays(VALUES, np.dtype(np.int32), lambda s: (s.entries,)), entry_starts)
         self.tokens = ShardedRows(self._arrays(TOKENS, np.dtype(np.int32), lambda s: (s.tokens,)), token_starts)
-        self._spans = None
+        self.spans = None
         if not manifest.text.pretokenized:
-            self._spans = ShardedRows(self._arrays(SPANS, np.dtype(np.uint32), lambda s: (s.tokens, 2)), token_starts)
+            self.spans = ShardedRows(self._arrays(SPANS, np.dtype(np.uint32), lambda s: (s.tokens, 2)), token_starts)
         self.tombstones = Tombstones(self.documents, counts.entries, removed_serials(path, manifest))
 
     @classmethod
@@ -167,8 +167,8 @@ class Datastore:
         position = self.documents.position_of_entry(entry)
         start = max(document.token_start, position - LEFT_CONTEXT_TOKENS)
         characters = line = None
-        if self._spans is not None:
-            first, last = self._spans.slice(position, position + 1)[0].tolist()
+        if self.spans is not None:
+            first, last = self.spans.slice(position, position + 1)[0].tolist()
             characters = (first, last)
             line = int(np.searchsorted(np.asarray(document.line_starts), first, side="right")) or 1
         return Evidence(

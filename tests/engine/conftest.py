@@ -14,7 +14,8 @@ from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.retrieval import Retriever
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import build_datastore
+from knnlm_index_builder.settings import BuildSettings
 from tests.engine.harness import Parts, Quiet
 from tests.tiny import tiny_corpus
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from knnlm.errors import ModelError
 from knnlm.model import HFLanguageModel
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import build_datastore
+from knnlm_index_builder.settings import BuildSettings
 from knnlm_server import serving_check
 from knnlm_server.async_engine import build_async_engine
 from knnlm_server.serving_check import batched_key_error, check_servable

@@ -27,7 +27,8 @@ from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.neighbors import Neighbors
 from knnlm.opening import OpenedKNNLM, open_store
-from knnlm_index_builder.pipeline import BuildSettings, build_datastore
+from knnlm_index_builder.pipeline import build_datastore
+from knnlm_index_builder.settings import BuildSettings
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GOLDEN = DATA / "golden"

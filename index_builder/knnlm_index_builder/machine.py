@@ -1,0 +1,38 @@
+"""What this machine has: memory and disk, as far as this process may use them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+from knnlm.console import size
+from knnlm.errors import InvalidInput
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+
+
+def total_memory() -> int:
+    """Bytes of memory of the machine, or of the container around this process if that is less."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    return min([installed, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """``8GB``, ``512MiB``, ``1000000`` as bytes; raises :class:`InvalidInput` naming ``field``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise InvalidInput(field, f"is {text!r}, but must be a size such as 8GB, 512MiB or 1000000 (bytes).")
+    return size
+
+
+def require_free(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError if the disk of ``folder`` has not ``needed`` bytes free for ``what``."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"No space left for {what}: it needs {size(needed)}, and {size(free)} are free", str(folder))

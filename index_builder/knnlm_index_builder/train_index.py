@@ -1,0 +1,202 @@
+"""Training an index: which one, on which keys, and so that the same keys give the same bytes on any number of threads.
+
+A trained index is an index folder without entries. Knows no shards; ``fill_index`` fills it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm.datastore.files import made_aside
+from knnlm.errors import IndexingError, InvalidInput, NonFiniteKey
+from knnlm.index import INDEX_FILE, IndexFacts, faiss_said, import_faiss, to_gpu, write_index_facts
+from knnlm.retrieval import Gatherable
+
+POINTS_PER_LIST, LEAST_POINTS_PER_LIST, FEWEST_POINTS = 64, 39, 20_000
+GPU_PQ_SIZES = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
+SEED = 20200430
+MOST_FILL_ROWS, FILL_FLOATS = 65_536, 1 << 24
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def choose_factory(entries: int, dimension: int, *, gpu: bool = False, keys_stored: bool = True) -> str:
+    """The FAISS factory string for ``--index auto``; ``docs/adr/0003-index-defaults.md`` has the figures behind it.
+
+    GPU indexes have no RaBitQ, no graph over their cells, and product quantizers of certain sizes only. Without stored
+    keys the codes give the distances, so there is always an inverted file to merge them into.
+    """
+    if entries <= 50_000 and keys_stored:
+        return "Flat"
+    reduced, width = ("", dimension) if dimension <= 1024 else ("PCAR512,", 512)
+    root = math.sqrt(entries)
+    if entries <= 1_000_000:
+        return f"{reduced}IVF{_lists(2 * root, entries)},SQ8"
+    code = f"PQ{next(m for m in GPU_PQ_SIZES if width % m == 0)}x8np" if gpu else "RaBitQ"
+    if entries <= 10_000_000:
+        return f"{reduced}IVF{_lists(4 * root, entries)},{code}"
+    graph = "" if gpu else "_HNSW32"
+    if entries <= 100_000_000:
+        return f"{reduced}IVF65536{graph},{code}"
+    return f"OPQ64_256,IVF262144{graph},PQ64x8np"
+
+
+def _lists(wanted: float, entries: int) -> int:
+    """A number of cells near ``wanted`` that ``entries`` training points can fill."""
+    return max(1, min(round(wanted), entries // LEAST_POINTS_PER_LIST))
+
+
+def training_sample(entries: int, most: int) -> Tensor:
+    """Sorted numbers of at most ``most`` entries, drawn with the project's seed."""
+    if entries <= most:
+        return torch.arange(entries)
+    # NumPy draws without a permutation of all entries, which could take more memory than the index.
+    return torch.from_numpy(np.sort(np.random.default_rng(SEED).choice(entries, most, replace=False, shuffle=False)))
+
+
+def gather_sample(keys: Gatherable, sample: Tensor, dimension: int) -> Floats:
+    """The keys of a sorted ``sample`` of entries as float32 [m, dimension], read in order and in pieces."""
+    rows = np.empty((len(sample), dimension), np.float32)
+    start = 0
+    for numbers in sample.split(fill_rows(dimension)):
+        rows[start : start + len(numbers)] = keys.gather(numbers).float().numpy()
+        start += len(numbers)
+    return rows
+
+
+def fill_rows(dimension: int) -> int:
+    """How many keys are coded at a time. FAISS's last bits depend on it behind a rotation, so nothing else may decide it."""
+    return max(1, min(MOST_FILL_ROWS, FILL_FLOATS // dimension))
+
+
+def new_index(factory: str, dimension: int) -> Any:
+    """An untrained FAISS index that takes entries by number. Raises :class:`InvalidInput` for a string FAISS refuses."""
+    faiss = import_faiss()
+    try:
+        index = faiss.index_factory(dimension, factory)
+    except RuntimeError as error:
+        raise InvalidInput("index", f"{factory!r} is no FAISS factory string for width {dimension}: {faiss_said(error)}.") from None
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is None:
+        return faiss.IndexIDMap(index)
+    inverted.cp.seed = SEED
+    return index
+
+
+def train(factory: str, dimension: int, sample: Floats, entries: int, folder: Path, device: str = "cpu") -> IndexFacts:
+    """Train an index on ``sample`` [m, dimension], drawn out of ``entries``, and write it to ``folder``, without entries.
+
+    The same sample gives the same bytes on any number of threads. Raises :class:`NonFiniteKey`, :class:`InvalidInput`
+    or :class:`IndexingError`.
+    """
+    faiss = import_faiss()
+    require_finite(sample, None)
+    index = new_index(factory, dimension)
+    trained_on = 0 if index.is_trained else len(sample)
+    if trained_on or not index.is_trained:
+        with said_of(factory, f"be trained with {len(sample)} entries"):
+            _train(index, sample, device)
+    inverted = faiss.try_extract_index_ivf(index)
+    nlist, rounds = (0, 0) if inverted is None else (inverted.nlist, inverted.cp.niter)
+    facts = IndexFacts(
+        factory, dimension, 0, nlist, trained_on, SEED, faiss.__version__, entries, POINTS_PER_LIST, rounds, fill_rows(dimension)
+    )
+    write_index(index, facts, folder)
+    return facts
+
+
+def _train(index: Any, sample: Floats, device: str) -> None:
+    inverted = steady_lists(index)
+    if inverted is None:
+        with faiss_threads(1):
+            index.train(sample)
+        return
+    rows = sample
+    for transform in transforms(index):
+        with faiss_threads(1):
+            transform.train(rows)
+            rows = transform.apply(rows)
+    _train_cells(inverted, rows, device)
+    inverted.train(rows)
+    index.is_trained = True
+
+
+def _train_cells(inverted: Any, rows: Floats, device: str) -> None:
+    """k-means with all threads; centroids are added with one, since a graph grown by several is another each time."""
+    faiss = import_faiss()
+    clustering = faiss.Clustering(inverted.d, inverted.nlist, inverted.cp)
+    nearest = faiss.IndexFlatL2(inverted.d)
+    clustering.train(rows, nearest if device == "cpu" else to_gpu(nearest, device))
+    with faiss_threads(1):
+        inverted.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(inverted.nlist, inverted.d))
+
+
+def steady_lists(index: Any) -> Any:
+    """The inverted file in an index, if FAISS trains and fills it to the same bytes with any number of threads, else None.
+
+    Measured, not promised by FAISS; whatever is not listed here gets one thread.
+    """
+    faiss = import_faiss()
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is None:
+        return None
+    inverted = faiss.downcast_index(inverted)
+    codes = {faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFRaBitQ}
+    cells = {faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexHNSWFlat}
+    steady = type(inverted) in codes and type(faiss.downcast_index(inverted.quantizer)) in cells
+    return inverted if steady else None
+
+
+def transforms(index: Any) -> list[Any]:
+    """What an index does to a vector before it looks at it, in order."""
+    faiss = import_faiss()
+    if not isinstance(index, faiss.IndexPreTransform):
+        return []
+    return [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """Let FAISS compute with ``count`` threads: its rotations and graphs come out differently with more of them."""
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@contextmanager
+def said_of(factory: str, work: str) -> Iterator[None]:
+    """Turn a failure of FAISS into :class:`IndexingError` with the factory string."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise IndexingError(f"The index {factory!r} can't {work}: {faiss_said(error)}. Choose another with --index.") from error
+
+
+def require_finite(rows: Floats, first: int | None) -> None:
+    """Raise :class:`NonFiniteKey` for a row that FAISS would take in silence and never find; ``first``: its entry number."""
+    if np.isfinite(rows.sum(dtype=np.float64)):
+        return
+    row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+    which = "a key of the training sample" if first is None else f"the key of entry {first + row}"
+    raise NonFiniteKey(f"The index can't be made: {which} is not finite; build the datastore again with --dtype float32.")
+
+
+def write_index(index: Any, facts: IndexFacts, folder: Path) -> None:
+    """Write a FAISS index and its facts to ``folder``, whole or not at all."""
+    with made_aside(folder) as aside:
+        with (aside / INDEX_FILE).open("wb") as file:
+            # Through a file of our own: FAISS's loses the end on a full disk and only prints a line.
+            import_faiss().write_index(index, import_faiss().PyCallbackIOWriter(file.write))
+        write_index_facts(aside, facts)
