@@ -262,7 +262,7 @@ class _Build:
 def _plan(corpus: Corpus, model: HFLanguageModel, settings: BuildSettings, windowing: Windowing) -> dict[str, Any]:
     """Everything that the store's bytes depend on, flat, so that a difference can be named."""
     return {
-        "corpus": corpus.digest(),
+        "corpus": corpus.read_digest(),
         **{f"model {part}": value for part, value in asdict(model.fingerprint).items()},
         "dtype": model.dtype,
         "key layer": f"{model.key_layer.kind} ({model.key_layer.module})",
