@@ -1,174 +1,197 @@
-"""Reading text: files, folders, JSON lines and token arrays become documents. The same for building and comparing.
+"""The corpus: files, folders, globs and URLs become documents. The same for building and comparing.
 
-A reader is a function from one file to documents, chosen by suffix in :data:`READERS`; a new format is a new entry
-there. Text is read one file at a time. Knows no tokenizer and no datastore.
+A reader is a function from one file to documents, chosen by format in :data:`READERS`; what the formats are called by
+suffix is :data:`knnlm.inputs.files.SUFFIXES`. Nothing of a file stays in memory but a few bytes for each document.
+Knows no tokenizer and no datastore.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from knnlm.arrays import map_array
-from knnlm.errors import CorpusError, InvalidInput
+from knnlm.errors import CorpusError
+from knnlm.inputs.document import Document, IntArray
+from knnlm.inputs.files import Format, InputFile, Meter, is_unreadable, require_package
+from knnlm.inputs.finding import BINARY, IGNORED, Found, find_files
+from knnlm.inputs.html import read_html
+from knnlm.inputs.ids import SeenIds
+from knnlm.inputs.problems import OnError, Problems
+from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, Reader, Reading
+from knnlm.inputs.records import is_unicode, read_jsonl
+from knnlm.inputs.splitting import compile_cut
+from knnlm.inputs.tables import read_dataset, read_parquet
+from knnlm.inputs.text import read_text
+from knnlm.inputs.tokens import read_tokens
 
-IntArray = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["READERS", "Corpus", "Document"]
 
+READERS: dict[Format, Reader] = {
+    "text": read_text,
+    "html": read_html,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "dataset": read_dataset,
+    "tokens": read_tokens,
+}
 
-@dataclass(frozen=True)
-class Document:
-    """One document: either ``text`` or ``tokens`` (1-D integers) is set.
-
-    ``id`` names it within the corpus, ``source`` is the file it came from, ``metadata`` what else the input said.
-    """
-
-    id: str
-    source: str
-    text: str | None = None
-    tokens: IntArray | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+EMPTY = "files without text"
 
 
 class Corpus:
-    """The documents of files and folders, in sorted order.
+    """The documents of files, folders, globs and URLs, in sorted order; docs/inputs.md says what each format gives.
 
-    A folder is searched to any depth; hidden files and folders are left out, and so are binary files, which
-    :attr:`skipped` names. ``split_documents``: a regular expression (multi-line); a new document begins at each match.
+    ``split_documents``: a regular expression (multi-line); in text files and web pages a new document begins at each
+    match. ``on_error``: what can't be read is fatal (``stop``) or left out, counted and named (``skip``).
+    ``text_field`` and ``id_field`` of JSON lines and tables. ``gitignore``: in folders, what .gitignore files there name
+    is left out.
     """
 
-    def __init__(self, paths: Sequence[str | Path], split_documents: str | None = None) -> None:
-        self._cut = _compile(split_documents)
-        self.skipped: list[str] = []
-        self._files: list[tuple[str, Path]] = []
-        for path in map(Path, paths):
-            self._files.extend(self._find(path, several=len(paths) > 1))
-        if not self._files:
-            raise CorpusError(f"No text found in {', '.join(map(str, paths))}: {self._nothing()}.")
-        if odd := next((path for name, path in self._files if not _is_unicode(name)), None):
-            raise CorpusError(f"The file name {str(odd)!r} is not UTF-8; rename the file.")
-        arrays = [name for name, path in self._files if path.suffix == ".npy"]
-        if arrays and len(arrays) != len(self._files):
-            raise CorpusError(f"Token arrays ({arrays[0]}, …) and text can't be mixed in one corpus; build two datastores.")
-        self.pretokenized = bool(arrays)
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        split_documents: str | None = None,
+        *,
+        on_error: OnError = "stop",
+        text_field: str = DEFAULT_TEXT_FIELD,
+        id_field: str = DEFAULT_ID_FIELD,
+        gitignore: bool = True,
+    ) -> None:
+        self._cut = compile_cut(split_documents) if split_documents is not None else None
+        self._text_field, self._id_field = text_field, id_field
+        self._paths = ", ".join(map(str, paths))
+        self._unfound = Problems(on_error)
+        self._found = find_files(paths, self._unfound, gitignore=gitignore)
+        self._latest = _Progress(self._found, self._unfound)
+        self._digest: str | None = None
+        self._bytes_total = _total([file.size for file in self._found.files])
+        self.pretokenized = self._check_files()
 
     def __iter__(self) -> Iterator[Document]:
         """All documents. Raises :class:`CorpusError` naming file and place for what can't be read, or an id used twice."""
-        seen: dict[str, Path] = {}
-        for name, path in self._files:
-            for document in READERS.get(path.suffix, _read_text)(name, path, self._cut):
-                if document.id in seen:
-                    raise CorpusError(f"Two documents have the id {document.id!r}: in {seen[document.id]} and {path}.")
-                seen[document.id] = path
-                yield document
+        self._latest = progress = _Progress(self._found, self._unfound)
+        seen, total, count = SeenIds(), xxhash.xxh3_128(), 0
+        for file, document in self._read(progress):
+            if seen.add(document.id):
+                self._require_new(document.id, file, count)
+            _digest_of(document, total)
+            count += 1
+            yield document
+        if not count:
+            raise CorpusError(f"No text found in {self._paths}: {self._nothing()}.")
+        self._digest = total.hexdigest()
 
-    def digest(self) -> str:
-        """xxh3 of all documents by content: ids, text or tokens, metadata; not of where the files lie."""
-        total = xxhash.xxh3_128()
-        for document in self:
-            content = document.text.encode() if document.text is not None else _tokens(document).tobytes()
-            head = json.dumps([document.id, document.metadata, len(content)], sort_keys=True)
-            total.update(head.encode() + content)
-        return total.hexdigest()
+    @property
+    def problems(self) -> Problems:
+        """What could not be read in the latest iteration, by kind and in words."""
+        return self._latest.problems
 
-    def _find(self, path: Path, *, several: bool) -> Iterator[tuple[str, Path]]:
-        if path.is_file():
-            yield path.name, path
-            return
-        if not path.is_dir():
-            raise CorpusError(f"There is no file or folder {path}.")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            relative = file.relative_to(path)
-            if any(part.startswith(".") for part in relative.parts):
-                continue
-            if file.suffix not in READERS and _is_binary(file):
-                self.skipped.append(str(relative))
-                continue
-            yield (f"{path.name}/{relative.as_posix()}" if several else relative.as_posix()), file
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """Names of what is left out without being a problem, by reason, as the latest iteration found it."""
+        return self._latest.left_out.names
+
+    @property
+    def skipped(self) -> list[str]:
+        """Binary files of folders, left out."""
+        return self.left_out.get(BINARY, [])
+
+    @property
+    def ignored(self) -> list[str]:
+        """Files and folders (with a slash) that a .gitignore file leaves out; a folder stands for all that it holds."""
+        return self.left_out.get(IGNORED, [])
+
+    @property
+    def bytes_total(self) -> int | None:
+        """Bytes of all files as they lie there; None if a filesystem does not say."""
+        return self._bytes_total
+
+    @property
+    def bytes_read(self) -> int:
+        """How many of them the latest iteration has read so far."""
+        return self._latest.meter.total
+
+    @property
+    def digest(self) -> str | None:
+        """xxh3 of all documents by content (ids, text or tokens, metadata; not where files lie) of the latest whole iteration."""
+        return self._digest
+
+    def read_digest(self) -> str:
+        """The digest, reading everything once if no iteration came to its end yet."""
+        if self._digest is None:
+            for _ in self:
+                pass
+        assert self._digest is not None
+        return self._digest
+
+    def _read(self, progress: _Progress) -> Iterator[tuple[InputFile, Document]]:
+        """Each document with its file."""
+        problems = progress.problems
+        reading = Reading(self._cut, self._text_field, self._id_field, problems, progress.meter, progress.left_out)
+        for file in self._found.files:
+            progress.meter.begin(file.size)
+            documents, has_text, before = 0, False, problems.total
+            try:
+                for document in READERS[file.format](file, reading):
+                    documents, has_text = documents + 1, has_text or not document.is_empty
+                    yield file, document
+            except Exception as error:
+                if not is_unreadable(file, error):
+                    raise
+                read = f" to its end; {documents} documents of it were read" if documents else ""
+                problems.found("unreadable files", f"{file.place} can't be read{read}: {_reason(error)}")
+            if not has_text and problems.total == before:
+                progress.left_out.add(EMPTY, file.name)
+            progress.meter.end()
+
+    def _require_new(self, identity: str, file: InputFile, count: int) -> None:
+        """Raise :class:`CorpusError` if one of the first ``count`` documents has this very id, not only its hash."""
+        again = self._read(_Progress(self._found, self._unfound))
+        for _, (earlier, document) in zip(range(count), again, strict=False):
+            if document.id == identity:
+                raise CorpusError(f"Two documents have the id {identity!r}: in {earlier.place} and {file.place}.")
+
+    def _check_files(self) -> bool:
+        """Whether all of them are token arrays. Raises :class:`CorpusError`, :class:`MissingDependency`."""
+        files = self._found.files
+        if not files:
+            raise CorpusError(f"No text found in {self._paths}: {self._nothing()}.")
+        if odd := next((file for file in files if not is_unicode(file.place)), None):
+            raise CorpusError(f"The file name {odd.place!r} is not UTF-8; rename the file.")
+        arrays = [file for file in files if file.format == "tokens"]
+        if arrays and len(arrays) != len(files):
+            raise CorpusError(f"Token arrays ({arrays[0].name}, …) and text can't be mixed in one corpus; build two datastores.")
+        for file in {file.format: file for file in files}.values():
+            require_package(file)
+        return bool(arrays)
 
     def _nothing(self) -> str:
-        return f"{len(self.skipped)} binary files were left out" if self.skipped else "there are no files"
+        said = [f"{self.problems}, the first: {self.problems.first[0].removesuffix('.')}"] if self.problems.total else []
+        said += [f"{self._latest.left_out} were left out"] if self.left_out else []
+        return "; ".join(said) or "there are no files"
 
 
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern, re.MULTILINE) if pattern is not None else None
-    except re.error as error:
-        raise InvalidInput("split_documents", f"{pattern!r} is no regular expression: {error}.") from None
+class _Progress:
+    """How far one iteration has come, and what it found on the way."""
+
+    def __init__(self, found: Found, problems: Problems) -> None:
+        self.left_out, self.problems, self.meter = found.left_out.copy(), problems.copy(), Meter()
 
 
-def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" in file.read(8192)
+def _total(sizes: list[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
-def _read_text(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[Document]:
-    text = _decode(path.read_bytes(), path)
-    if cut is None:
-        yield Document(name, name, text)
-        return
-    starts = sorted({0, *(match.start() for match in cut.finditer(text))})
-    line = 1
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(text)], strict=True)):
-        piece = text[start:end]
-        yield Document(f"{name}#{number}", name, piece, metadata={"first_character": start, "first_line": line})
-        line += piece.count("\n")
-
-
-def _decode(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it, or leave it out."
-        ) from None
-
-
-def _read_jsonl(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(f"{where} is no JSON: {error}.") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise CorpusError(f'{where} has no field "text" with a string.')
-            if b"\\u" in line and not _is_unicode(json.dumps(record, ensure_ascii=False)):
-                raise CorpusError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
-            identity = record.get("id")
-            rest = {key: value for key, value in record.items() if key != "text"}
-            yield Document(str(identity) if isinstance(identity, str | int) else f"{name}:{number}", name, record["text"], metadata=rest)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_array(name: str, path: Path, cut: re.Pattern[str] | None) -> Iterator[Document]:
-    try:
-        array = map_array(path, "r")
-    except ValueError as error:
-        raise CorpusError(f"{path} is no NumPy array: {error}.") from None
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise CorpusError(f"{path} must be a 1-D or 2-D array of integer token ids, but is {array.dtype}{list(array.shape)}.")
-    if array.ndim == 1:
-        yield Document(name, name, tokens=array)
-    else:
-        for row, tokens in enumerate(array):
-            yield Document(f"{name}:{row}", name, tokens=tokens)
+def _digest_of(document: Document, total: xxhash.xxh3_128) -> None:
+    """Add a document's content to a digest of many."""
+    content = document.text.encode() if document.text is not None else _tokens(document).tobytes()
+    head = json.dumps([document.id, document.metadata, len(content)], sort_keys=True)
+    total.update(head.encode() + content)
 
 
 def _tokens(document: Document) -> IntArray:
@@ -176,5 +199,8 @@ def _tokens(document: Document) -> IntArray:
     return document.tokens.astype(np.int64)
 
 
-READERS: dict[str, Callable[[str, Path, re.Pattern[str] | None], Iterator[Document]]] = {".jsonl": _read_jsonl, ".npy": _read_array}
-"""Formats by suffix; every other file is UTF-8 text."""
+def _reason(error: Exception) -> str:
+    """Why a file can't be read, without its path, which stands before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

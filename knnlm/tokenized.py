@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from knnlm.errors import CorpusError
 from knnlm.tokenization import TextTokenizer
 
 DOCUMENTS_AT_ONCE = 64
+CHARACTERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def tokenize(documents: Iterable[Document], tokenizer: TextTokenizer, vocabulary
 
     Raises :class:`CorpusError` for a token id that the model does not have.
     """
-    source = iter(documents)
-    while group := list(islice(source, DOCUMENTS_AT_ONCE)):
+    for group in _groups(documents):
         texts = [document for document in group if document.tokens is None]
         encodings = iter(tokenizer.encode_documents([document.text or "" for document in texts]))
         for document in group:
@@ -49,6 +48,20 @@ def tokenize(documents: Iterable[Document], tokenizer: TextTokenizer, vocabulary
                 ids, spans = np.asarray(encoding.ids), np.asarray(encoding.spans, dtype=np.uint32).reshape(-1, 2)
             if len(ids) and (document.tokens is not None or document.text):
                 yield TokenizedDocument(document, ids.astype(np.int32), spans)
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups that the tokenizer reads at once: not many, and no more than one that brings much text."""
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text or "")
+        if len(group) == DOCUMENTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _check_ids(document: Document, ids: np.ndarray[Any, Any], vocabulary_size: int) -> None:

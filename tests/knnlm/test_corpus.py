@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
-from collections.abc import Mapping
+import tracemalloc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from knnlm.corpus import Corpus, Document
 from knnlm.errors import CorpusError, InvalidInput
-from knnlm.tokenization import TextTokenizer
-from knnlm.tokenized import tokenize
+from knnlm.tokenization import Encoding, TextTokenizer
+from knnlm.tokenized import CHARACTERS_AT_ONCE, DOCUMENTS_AT_ONCE, tokenize
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -197,9 +201,9 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
 
 def test_digest_follows_content_and_not_place(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a.txt": "a", "b.jsonl": jsonl({"text": "b", "year": 1})})
-    digest = Corpus([one]).digest()
-    assert Corpus([shutil.copytree(one, tmp_path / "deep" / "two")]).digest() == digest
-    assert Corpus([one / "a.txt", one / "b.jsonl"]).digest() == digest
+    digest = Corpus([one]).read_digest()
+    assert Corpus([shutil.copytree(one, tmp_path / "deep" / "two")]).read_digest() == digest
+    assert Corpus([one / "a.txt", one / "b.jsonl"]).read_digest() == digest
     for change in (
         {"a.txt": "A"},
         {"b.jsonl": jsonl({"text": "b", "year": 2})},
@@ -207,16 +211,16 @@ def test_digest_follows_content_and_not_place(tmp_path: Path) -> None:
         {"b.jsonl": jsonl({"text": "c", "year": 1})},
     ):
         changed = write(shutil.copytree(one, tmp_path / "changed"), change)
-        assert Corpus([changed]).digest() != digest
+        assert Corpus([changed]).read_digest() != digest
         shutil.rmtree(changed)
     (one / "a.txt").rename(one / "aa.txt")
-    assert Corpus([one]).digest() != digest
+    assert Corpus([one]).read_digest() != digest
 
 
 def test_digest_tells_apart_where_documents_end(tmp_path: Path) -> None:
     one = write(tmp_path / "one", {"a.jsonl": jsonl({"text": "ab", "id": 1}, {"text": "c", "id": 2})})
     other = write(tmp_path / "other", {"a.jsonl": jsonl({"text": "a", "id": 1}, {"text": "bc", "id": 2})})
-    assert Corpus([one]).digest() != Corpus([other]).digest()
+    assert Corpus([one]).read_digest() != Corpus([other]).read_digest()
 
 
 def test_digest_of_arrays_follows_their_numbers_and_not_their_width(tmp_path: Path) -> None:
@@ -224,8 +228,77 @@ def test_digest_of_arrays_follows_their_numbers_and_not_their_width(tmp_path: Pa
     for name, array in (("a", np.arange(3, dtype=np.int32)), ("b", np.arange(3, dtype=np.uint16)), ("c", np.arange(1, 4))):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", array)
-        digests.append(Corpus([tmp_path / name]).digest())
+        digests.append(Corpus([tmp_path / name]).read_digest())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_digest_is_what_datastores_carry(tmp_path: Path) -> None:
+    """Values of the first format version: another value would refuse to go on with a store that is right."""
+    write(
+        tmp_path / "text",
+        {
+            "a/b.txt": "= One =\nZoë 🙂\n= Two =\r\nend\n",
+            "a.txt": "",
+            "z.jsonl": jsonl({"text": "one", "id": "first", "year": 1999, "tags": ["x", None]}) + "\n" + jsonl({"text": "two é"}),
+        },
+    )
+    (tmp_path / "tokens").mkdir()
+    np.save(tmp_path / "tokens" / "t.npy", np.arange(6).reshape(2, 3))
+    np.save(tmp_path / "tokens" / "u.npy", np.array([3, 1], dtype=np.uint16))
+    assert Corpus([tmp_path / "text"]).read_digest() == "bb727e9dc01d7fb82ab10f958ebb000d"
+    assert Corpus([tmp_path / "text"], "^= .* =$").read_digest() == "7f56298a86eb721820d8886192afd15e"
+    assert Corpus([tmp_path / "tokens"]).read_digest() == "09355ecde04be8e35ae77555d566f2cb"
+
+
+def test_digest_comes_with_a_whole_iteration_and_not_before(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": "a", "b.txt": "b"})
+    corpus = Corpus([tmp_path])
+    assert corpus.digest is None
+    next(iter(corpus))
+    assert corpus.digest is None
+    list(corpus)
+    first = corpus.digest
+    assert first == corpus.read_digest() == Corpus([tmp_path]).read_digest()
+    write(tmp_path, {"b.txt": "changed"})
+    assert corpus.read_digest() == first
+    list(corpus)
+    assert corpus.digest == Corpus([tmp_path]).read_digest() != first
+
+
+def test_progress_in_bytes(tmp_path: Path) -> None:
+    lines = jsonl(*({"text": "x" * 1000} for _ in range(5000)))
+    write(tmp_path, {"a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines.encode()), "c.txt": "é" * 10, "d.txt": ""})
+    corpus = Corpus([tmp_path])
+    sizes = [path.stat().st_size for path in sorted(tmp_path.iterdir())]
+    assert (corpus.bytes_read, corpus.bytes_total) == (0, sum(sizes))
+    for _ in range(2):
+        seen = [corpus.bytes_read for _ in corpus]
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 5
+        assert 0 < seen[0] < sizes[0] == seen[5000 - 1] < seen[5000] <= sum(sizes[:2]) == seen[-3]
+        assert corpus.bytes_read == sum(sizes)
+
+
+def test_two_iterations_at_once_do_not_mix(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jsonl": jsonl({"text": "one"}) + "{\n" + jsonl({"text": "two"})})
+    corpus = Corpus([tmp_path], on_error="skip")
+    assert [(a.text, b.text) for a, b in zip(corpus, corpus, strict=True)] == [("one", "one"), ("two", "two")]
+    assert corpus.problems.total == 1
+
+
+def test_memory_grows_by_a_few_bytes_a_document(tmp_path: Path) -> None:
+    """Ten times the lines, pieces or rows: what Python holds at most grows by no more than the table of ids."""
+    peaks = {}
+    for count in (2_000, 12_000):
+        folder = write(tmp_path / str(count), {"b.txt": "".join(f"= {number}\n{'text ' * 200}\n" for number in range(count))})
+        write(folder, {"a.jsonl": jsonl(*({"text": f"{number} " * 200} for number in range(count)))})
+        pq.write_table(pa.table({"text": [f"{number} " * 200 for number in range(count)]}), folder / "c.parquet")
+        corpus = Corpus([folder], "^= ")
+        tracemalloc.start()
+        assert sum(1 for _ in corpus) == 3 * count
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[12_000] < peaks[2_000] + 3 * 12_000 * 40
 
 
 def tokenizer(bos: str = "no", eos: bool = False) -> TextTokenizer:
@@ -262,3 +335,20 @@ def test_token_documents_stay_as_they_are_without_spans_or_special_tokens() -> N
 def test_token_ids_that_the_model_lacks_are_refused_with_the_document(ids: list[int]) -> None:
     with pytest.raises(CorpusError, match=r"doc7.*vocabulary is 0 to 299"):
         list(tokenize([Document("doc7", "s", tokens=np.array(ids))], tokenizer(), VOCABULARY))
+
+
+def test_documents_are_tokenized_in_groups_that_are_small_in_text_too() -> None:
+    lengths = [10] * 100 + [CHARACTERS_AT_ONCE] * 3 + [CHARACTERS_AT_ONCE // 3] * 7 + [10] * 70
+    groups: list[list[int]] = []
+
+    class Recording(TextTokenizer):
+        def encode_documents(self, texts: Sequence[str]) -> list[Encoding]:
+            groups.append([len(text) for text in texts])
+            return [Encoding([1], [(0, 1)]) for _ in texts]
+
+    documents = [Document(str(number), "s", "x" * length) for number, length in enumerate(lengths)]
+    found = list(tokenize(documents, Recording(tiny_tokenizer(), "no"), VOCABULARY))
+    assert [item.document for item in found] == documents
+    assert [length for group in groups for length in group] == lengths
+    assert all(len(group) <= DOCUMENTS_AT_ONCE and sum(group[:-1]) < CHARACTERS_AT_ONCE for group in groups)
+    assert len(groups) <= 10
