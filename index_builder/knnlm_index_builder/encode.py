@@ -6,7 +6,6 @@ before it. A batch holds windows of one length, so nothing is padded and batch s
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.files import FileFacts, file_facts, sync_file, sync_folder, write_atomically
+from knnlm.datastore.files import FileFacts, file_facts, read_json_with_checksum, sync_file, sync_folder, write_json_with_checksum
 from knnlm.datastore.manifest import RECEIPT, ShardFacts
 from knnlm.datastore.reader import KEYS, SPANS, TOKENS, VALUES
 from knnlm.errors import NonFiniteKey
@@ -131,18 +130,18 @@ def build_shard(
     receipt = ShardReceipt(facts, files, batch_tokens, dtype, str(model.device))
     for path in aside.iterdir():
         sync_file(path)
-    write_atomically(aside / RECEIPT, json.dumps(asdict(receipt), indent=1).encode())
+    write_json_with_checksum(aside / RECEIPT, asdict(receipt))
     aside.rename(folder)
     sync_folder(folder.parent)
     return receipt
 
 
 def read_receipt(folder: Path) -> ShardReceipt | None:
-    """The receipt of a finished shard, None if there is none."""
+    """The receipt of a finished shard, None if there is none. Raises :class:`StoreDamaged`."""
     path = folder / RECEIPT
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
+    content = read_json_with_checksum(path)
     files = {name: FileFacts(**facts) for name, facts in content.pop("files").items()}
     return ShardReceipt(facts=ShardFacts(**content.pop("facts")), files=files, **content)
 

@@ -26,6 +26,7 @@ from knnlm.datastore.files import FileFacts, file_facts, sync_folder, write_atom
 from knnlm.datastore.manifest import (
     BUILD_FOLDER,
     MANIFEST,
+    RECEIPT,
     Counts,
     KeyFacts,
     Manifest,
@@ -235,6 +236,7 @@ class _Build:
         files: dict[str, FileFacts] = {DOCUMENT_TABLE: file_facts(table), SETTINGS: file_facts(self._store / SETTINGS)}
         for receipt in receipts:
             files |= {f"shards/{receipt.facts.name}/{name}": facts for name, facts in receipt.files.items()}
+            files[f"shards/{receipt.facts.name}/{RECEIPT}"] = file_facts(self._store / "shards" / receipt.facts.name / RECEIPT)
         for path in sorted((self._store / INDEX_FOLDER).iterdir()):
             files[f"{INDEX_FOLDER}/{path.name}"] = file_facts(path)
         model = self._model
