@@ -405,10 +405,15 @@ def fingerprint(model: Any, tokenizer: Any) -> ModelFingerprint:
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return ModelFingerprint(_config_fingerprint(model.config), tokenizer_fingerprint(tokenizer), weights.hexdigest())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Fingerprint of a tokenizer as loaded: of its JSON and special ids, or of its vocabulary where it has no JSON."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = _without_settings(backend.to_str()) if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     specials = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id])
-    return ModelFingerprint(_config_fingerprint(model.config), _digest(said + specials), weights.hexdigest())
+    return _digest(said + specials)
 
 
 def _without_settings(tokenizer: str) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.errors import ModelError, StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
 from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.mixture import Mixture
-from knnlm.model import HFLanguageModel
+from knnlm.model import HFLanguageModel, tokenizer_fingerprint
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
+from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
 
 
@@ -72,6 +74,25 @@ def load_model(
     )
     manifest.require_model(loaded)
     return loaded
+
+
+def load_tokenizer(manifest: Manifest, model: str | None = None) -> TextTokenizer:
+    """The tokenizer that a store was built with, from files on this machine alone; no weights are read.
+
+    ``model``: where it lies now, if it was moved. Raises :class:`ModelError`, :class:`StoreMismatch`.
+    """
+    from transformers import AutoTokenizer
+
+    facts, text, name = manifest.model, manifest.text, model or manifest.model.name
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, revision=None if model else facts.revision, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it can't read
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"The tokenizer of {name!r} can't be loaded from this machine: {reason}") from error
+    found, expected = tokenizer_fingerprint(loaded), facts.fingerprint.tokenizer
+    if found != expected:
+        raise StoreMismatch(f"The tokenizer of {name!r} ({found[:12]}) is not the one that the datastore was built with ({expected[:12]}).")
+    return TextTokenizer(loaded, text.bos, text.eos)  # type: ignore[arg-type]
 
 
 def open_store(
