@@ -235,13 +235,14 @@ LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss", "index.ivfd
 
 
 def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Raise :class:`StoreDamaged` for the first file that is missing or has another size or content.
+    """Raise :class:`StoreDamaged` for the first file that is missing or has another size or content, or a bad profile.
 
     Without ``verify``, the content of the large files (keys, values, tokens, spans, codes) is not read.
     """
     for name, expected in manifest.files.items():
         _check_file(root / name, expected, content=verify or Path(name).name not in LARGE_FILES)
     _check_audit(root, manifest, content=verify)
+    Profile.read(root)
 
 
 def damaged_files(root: Path, manifest: Manifest, progress: Callable[[int], None]) -> Iterator[str]:
