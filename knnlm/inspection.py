@@ -15,7 +15,7 @@ from knnlm.datastore.checking import Progress, store_problems
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore, Evidence, signature_of
 from knnlm.datastore.removal import Removal
-from knnlm.datastore.selection import matching_rows
+from knnlm.datastore.selection import as_text, matching_rows
 from knnlm.errors import KNNLMError, StoreLocked
 from knnlm.index import read_index_facts
 
@@ -177,7 +177,7 @@ def _entry_rows(evidence: Evidence, said: Mapping[str, Any]) -> list[tuple[str, 
         ("document", document.id),
         ("source", document.source),
         ("place", where),
-        *((f"metadata: {name}", value if isinstance(value, str) else str(value)) for name, value in document.metadata.items()),
+        *((f"metadata: {name}", as_text(value)) for name, value in document.metadata.items()),
     ]
     if said["no_text_because"] is not None:
         rows.append(("token ids, since", said["no_text_because"]))

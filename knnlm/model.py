@@ -144,10 +144,7 @@ class HFLanguageModel:
                 str(name), dtype="auto", attn_implementation=attention, output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            if str(name).startswith(("/", ".", "~")) and not Path(name).is_dir():
-                raise ModelError(f"There is no folder {str(name)!r}; name a model on the hub, or the folder of one.") from error
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"The model {str(name)!r} can't be loaded: {reason}") from error
+            raise not_loaded("model", name, error) from error
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             # transformers would fill them with random numbers.
@@ -397,6 +394,14 @@ def _context_length(config: Any) -> int:
             return length
     # Models without learned or limited positions (ALiBi) state no length.
     return 2048
+
+
+def not_loaded(what: str, name: str | Path, error: Exception) -> ModelError:
+    """What to say where the model or tokenizer (``what``) called ``name`` can't be loaded."""
+    if str(name).startswith(("/", ".", "~")) and not Path(name).is_dir():
+        return ModelError(f"There is no folder {str(name)!r}; name a model on the hub, or the folder of one.")
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(f"The {what} {str(name)!r} can't be loaded: {reason}")
 
 
 def fingerprint(model: Any, tokenizer: Any) -> ModelFingerprint:

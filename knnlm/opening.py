@@ -8,13 +8,13 @@ from pathlib import Path
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import ModelError, StoreMismatch
+from knnlm.errors import StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
 from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.mixture import Mixture
-from knnlm.model import HFLanguageModel, tokenizer_fingerprint
+from knnlm.model import HFLanguageModel, not_loaded, tokenizer_fingerprint
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
 from knnlm.tokenization import TextTokenizer
@@ -87,8 +87,7 @@ def load_tokenizer(manifest: Manifest, model: str | None = None) -> TextTokenize
     try:
         loaded = AutoTokenizer.from_pretrained(name, revision=None if model else facts.revision, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it can't read
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"The tokenizer of {name!r} can't be loaded from this machine: {reason}") from error
+        raise not_loaded("tokenizer of", name, error) from error
     found, expected = tokenizer_fingerprint(loaded), facts.fingerprint.tokenizer
     if found != expected:
         raise StoreMismatch(f"The tokenizer of {name!r} ({found[:12]}) is not the one that the datastore was built with ({expected[:12]}).")

@@ -24,8 +24,8 @@ def matching_rows(table: DocumentTable, where: Mapping[str, str]) -> Rows:
     """Numbers of the documents that meet every condition of ``where`` (all of them if there is none), ascending.
 
     A condition's name is ``id``, ``source``, or a field of the metadata; ``metadata.id`` and ``metadata.source`` are
-    fields that are named like the columns. Values are compared as strings: one that is no string as JSON writes it
-    (``3``, ``true``, ``null``). A document without the field does not meet the condition.
+    fields that are named like the columns. Values are compared as :func:`as_text` gives them (``3``, ``true``,
+    ``null``). A document without the field does not meet the condition.
     """
     rows: Rows = np.arange(len(table))
     for column in COLUMNS:
@@ -90,8 +90,12 @@ def require_all(ids: Sequence[str], found: Sequence[str], problem: str) -> None:
 def _meets(metadata: Mapping[str, Any], name: str, value: str) -> bool:
     if name not in metadata:
         return False
-    found = metadata[name]
-    return value == (found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
+    return value == as_text(metadata[name])
+
+
+def as_text(value: Any) -> str:
+    """A value of a document's metadata as conditions compare it: a string as it is, anything else as JSON writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _text(field: str, value: str) -> str:

@@ -6,8 +6,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from knnlm.datastore.reader import Datastore
 from knnlm.datastore.removal import remove_documents
 from knnlm.errors import StoreDamaged, StoreError
 from knnlm.mixture import Mixture
-from tests.stores import environment, knnlm
+from tests.stores import knnlm
 
 TABLE = "documents/00000.arrow"
 
@@ -386,12 +384,12 @@ def test_a_log_may_grow(whole: Path, tmp_path: Path) -> None:
     assert knnlm("verify", store) == 0
 
 
-def test_progress_is_shown_for_big_stores(store: Path) -> None:
-    line = [sys.executable, "-c", "import knnlm.inspection as i, pathlib; i.BIG_STORE = 0; i.verify(pathlib.Path(%r), as_json=True)"]
-    line[2] %= str(store)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment(), check=False)
+def test_progress_is_shown_for_big_stores(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(inspection, "BIG_STORE", 0)
+    assert knnlm("verify", store, "--json") == 0
+    said = capsys.readouterr()
     size = sum(facts.bytes for facts in Manifest.read(store).files.values())
-    assert f"reading files (bytes): {size:,} of {size:,}" in done.stderr
+    assert f"reading files (bytes): {size:,} of {size:,}" in said.err
     entries = Manifest.read(store).counts.entries
-    assert f"checking entries: {entries:,} of {entries:,}" in done.stderr
-    assert json.loads(done.stdout)["problems"] == []
+    assert f"checking entries: {entries:,} of {entries:,}" in said.err
+    assert json.loads(said.out)["problems"] == []
