@@ -13,6 +13,7 @@ __version__ = version("knnlm")
 
 if TYPE_CHECKING:
     from knnlm.datastore.reader import Datastore
+    from knnlm.datastore.removal import Removal, remove_documents
     from knnlm.evaluation.compare import Comparison, compare
     from knnlm.knn_lm import KNNLanguageModel
     from knnlm.mixture import Mixture
@@ -26,9 +27,11 @@ _HOMES = {
     "HFLanguageModel": "knnlm.model",
     "KNNLanguageModel": "knnlm.knn_lm",
     "Mixture": "knnlm.mixture",
+    "Removal": "knnlm.datastore.removal",
     "SamplingParams": "knnlm.sampling",
     "compare": "knnlm.evaluation.compare",
     "open_store": "knnlm.opening",
+    "remove_documents": "knnlm.datastore.removal",
 }
 
 __all__ = [
@@ -37,10 +40,12 @@ __all__ = [
     "HFLanguageModel",
     "KNNLanguageModel",
     "Mixture",
+    "Removal",
     "SamplingParams",
     "__version__",
     "compare",
     "open_store",
+    "remove_documents",
 ]
 
 

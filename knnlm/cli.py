@@ -36,6 +36,15 @@ Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16, f
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read every file of the store and compare its checksum first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FIELD=VALUE",
+        help="Documents with this id, source or field of their metadata (metadata.source: the field of that name); "
+        "may be repeated, then all must hold.",
+        show_default=False,
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -99,26 +108,76 @@ def compare(
 def inspect(
     store: Store,
     entry: Annotated[int | None, typer.Option(help="Show where this entry came from.", show_default=False)] = None,
+    documents: Annotated[bool, typer.Option("--documents", help="List the documents.")] = False,
+    where: Where = None,
+    model: Model = None,
     verify: Verify = False,
     json: Json = False,
 ) -> None:
-    """What is in a datastore: model, key layer, entries, documents, index, sizes. Loads no model."""
+    """What is in a datastore: model, key layer, entries, documents, index, sizes. Loads no model.
+
+    With --entry, tokens are shown as text where the model's tokenizer is on this machine.
+    """
     import knnlm.inspection as inspection
     from knnlm.datastore.reader import Datastore
+    from knnlm.datastore.selection import parse_conditions
 
+    if documents and entry is not None:
+        raise InvalidInput("entry", "shows one entry and --documents lists documents; use one of them.")
+    if where and not documents:
+        raise InvalidInput("where", "chooses among the documents that --documents lists; use it with that.")
+    if model is not None and entry is None:
+        raise InvalidInput("model", "names the tokenizer for the text around an entry; use it with --entry.")
+    conditions = parse_conditions(where or [])
     opened = Datastore.open(store, verify=verify)
-    if entry is None:
-        inspection.show(opened, as_json=json)
+    if entry is not None:
+        inspection.show_entry(opened, entry, model=model, as_json=json)
+    elif documents:
+        inspection.show_documents(opened, conditions, as_json=json)
     else:
-        inspection.show_entry(opened, entry, as_json=json)
+        inspection.show(opened, as_json=json)
 
 
 @app.command()
 def verify(store: Store, json: Json = False) -> None:
-    """Read every file of a datastore and compare it with its checksum; exit status 1 if one is damaged."""
+    """Check a datastore: every file against its checksum, then what the files say against one another.
+
+    Counts, ranges, ids, tokens and values, spans, keys, the index; and files that are no part of it. Exit status 1 if
+    there is any problem, each named in one sentence.
+    """
     import knnlm.inspection as inspection
 
     raise typer.Exit(inspection.verify(store, as_json=json))
+
+
+@app.command()
+def remove(
+    store: Store,
+    document: Annotated[
+        list[str] | None, typer.Option("--document", metavar="ID", help="Id of a document; may be repeated.", show_default=False)
+    ] = None,
+    where: Where = None,
+    ids_from: Annotated[
+        Path | None,
+        typer.Option("--ids-from", metavar="FILE", help="File with more ids, one a line; - is standard input.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and change nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove documents from a datastore: no search finds their entries any more.
+
+    Documents are those of the given ids; with --where, those that meet its conditions; with both, ids that don't meet
+    them are refused. Exit status 0 means durable: commands that open the store find nothing of them at once, running
+    servers within a second. An id that is unknown, or conditions that no document meets, are status 1, and nothing is
+    removed. Files keep the text until: knnlm compact.
+    """
+    import knnlm.inspection as inspection
+    from knnlm.datastore.removal import remove_documents
+    from knnlm.datastore.selection import parse_conditions, read_ids
+
+    ids = [*(document or []), *(read_ids(ids_from) if ids_from is not None else [])]
+    removal = remove_documents(store, ids, parse_conditions(where or []), dry_run=dry_run)
+    inspection.show_removal(store, removal, dry_run=dry_run, as_json=json)
 
 
 @functools.cache

@@ -137,6 +137,11 @@ def progress() -> Iterator[ProgressReporter]:
         reporter.finish()
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with what it counts: ``1 shard``, ``1,200 entries`` (``plural`` where it is not the noun with an s)."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def size(count: float) -> str:
     """Bytes for people: ``12.3 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -26,18 +26,16 @@ class EntryMask:
     @classmethod
     def without(cls, length: int, ranges: Iterable[tuple[int, int]]) -> EntryMask:
         """All entries but those of ``ranges`` [start, stop)."""
-        kept = np.ones(length, dtype=bool)
+        bits = np.full(-(-length // 8), 0xFF, np.uint8)
+        _clear(bits, length, 8 * len(bits))
         for start, stop in ranges:
-            kept[start:stop] = False
-        return cls(np.packbits(kept, bitorder="little"), length)
+            _clear(bits, start, stop)
+        return cls(bits, length)
 
     def without_range(self, start: int, stop: int) -> EntryMask:
         """The same mask less the entries [start, stop)."""
-        first, last = start // 8, -(-stop // 8)
         bits = self.bits.copy()
-        kept = np.unpackbits(bits[first:last], bitorder="little")
-        kept[start - 8 * first : stop - 8 * first] = 0
-        bits[first:last] = np.packbits(kept, bitorder="little")
+        _clear(bits, start, stop)
         return EntryMask(bits, self.length)
 
     def allows(self, ids: Tensor) -> Tensor:
@@ -46,10 +44,18 @@ class EntryMask:
         inside = (numbers >= 0) & (numbers < self.length)
         safe = np.where(inside, numbers, 0)
         set_bits = (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8)) & 1
-        return torch.from_numpy(inside & set_bits.astype(bool))
+        return torch.from_numpy(np.asarray(inside & set_bits.astype(bool)))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Which of the entries [start, stop) are allowed: [stop - start] bool."""
         first = start // 8
         kept = np.unpackbits(self.bits[first : -(-stop // 8)], bitorder="little")
         return torch.from_numpy(kept[start - 8 * first : stop - 8 * first].astype(bool))
+
+
+def _clear(bits: Bits, start: int, stop: int) -> None:
+    """Take the bits [start, stop) out, without unpacking the others: stores may have more entries than there is room."""
+    first, last = start // 8, -(-stop // 8)
+    kept = np.unpackbits(bits[first:last], bitorder="little")
+    kept[start - 8 * first : stop - 8 * first] = 0
+    bits[first:last] = np.packbits(kept, bitorder="little")

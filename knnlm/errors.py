@@ -18,13 +18,15 @@
         ├── StoreDamaged        a file is missing, truncated or does not match its checksum
         ├── StoreVersion        written in a format that this version does not know
         ├── StoreMismatch       it belongs to another model, tokenizer, key layer or corpus
-        └── StoreLocked         another process is writing it
+        ├── StoreLocked         another process is writing it
+        └── DocumentNotFound    it holds no document of that id, or none that meets the conditions
 """
 
 from __future__ import annotations
 
 __all__ = [
     "CorpusError",
+    "DocumentNotFound",
     "IndexingError",
     "InvalidInput",
     "KNNLMError",
@@ -122,3 +124,7 @@ class StoreMismatch(StoreError):
 
 class StoreLocked(StoreError):
     """Another process is writing the datastore."""
+
+
+class DocumentNotFound(StoreError):
+    """The datastore holds no document of that id, or none that meets the conditions."""

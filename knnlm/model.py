@@ -151,10 +151,7 @@ class HFLanguageModel:
                 str(name), dtype="auto", attn_implementation=attention, output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            if str(name).startswith(("/", ".", "~")) and not Path(name).is_dir():
-                raise ModelError(f"There is no folder {str(name)!r}; name a model on the hub, or the folder of one.") from error
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"The model {str(name)!r} can't be loaded: {reason}") from error
+            raise not_loaded("model", name, error) from error
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             # transformers would fill them with random numbers.
@@ -406,16 +403,29 @@ def _context_length(config: Any) -> int:
     return 2048
 
 
+def not_loaded(what: str, name: str | Path, error: Exception) -> ModelError:
+    """What to say where the model or tokenizer (``what``) called ``name`` can't be loaded."""
+    if str(name).startswith(("/", ".", "~")) and not Path(name).is_dir():
+        return ModelError(f"There is no folder {str(name)!r}; name a model on the hub, or the folder of one.")
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(f"The {what} {str(name)!r} can't be loaded: {reason}")
+
+
 def fingerprint(model: Any, tokenizer: Any) -> ModelFingerprint:
     """Fingerprint of a model as loaded from its checkpoint (before any change of dtype) and of its fast tokenizer."""
     weights = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return ModelFingerprint(_config_fingerprint(model.config), tokenizer_fingerprint(tokenizer), weights.hexdigest())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Fingerprint of a tokenizer as loaded: of its JSON and special ids, or of its vocabulary where it has no JSON."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = _without_settings(backend.to_str()) if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     specials = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id])
-    return ModelFingerprint(_config_fingerprint(model.config), _digest(said + specials), weights.hexdigest())
+    return _digest(said + specials)
 
 
 def _without_settings(tokenizer: str) -> str:

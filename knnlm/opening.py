@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from knnlm.corpus import Corpus
+from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.errors import StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
 from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.mixture import Mixture
-from knnlm.model import HFLanguageModel
+from knnlm.model import HFLanguageModel, not_loaded, tokenizer_fingerprint
 from knnlm.model_source import ModelSource
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
+from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
 
 
@@ -49,6 +52,24 @@ class OpenedKNNLM:
     ) -> str:
         """Continue ``prompt``, for one request at a time; see :func:`knnlm.generation.generate`."""
         return generate(self.knn_lm, self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture)
+
+
+def load_tokenizer(manifest: Manifest, model: str | None = None) -> TextTokenizer:
+    """The tokenizer that a store was built with, from files on this machine alone; no weights are read.
+
+    ``model``: where it lies now, if it was moved. Raises :class:`ModelError`, :class:`StoreMismatch`.
+    """
+    from transformers import AutoTokenizer
+
+    facts, text, name = manifest.model, manifest.text, model or manifest.model.name
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, revision=None if model else facts.revision, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it can't read
+        raise not_loaded("tokenizer of", name, error) from error
+    found, expected = tokenizer_fingerprint(loaded), facts.fingerprint.tokenizer
+    if found != expected:
+        raise StoreMismatch(f"The tokenizer of {name!r} ({found[:12]}) is not the one that the datastore was built with ({expected[:12]}).")
+    return TextTokenizer(loaded, text.bos, text.eos)  # type: ignore[arg-type]
 
 
 def open_store(

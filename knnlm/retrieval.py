@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput
-from knnlm.index import NeighborIndex
+from knnlm.index import Candidates, NeighborIndex
 from knnlm.neighbors import Neighbors
 from knnlm.search_settings import SearchSettings
 
@@ -80,9 +80,11 @@ class Retriever:
     def _same_k(self, queries: Tensor, k: int, allowed: EntryMask | None) -> Neighbors:
         setting = self.settings.for_k(k, None if allowed is None else allowed.allowed)
         count = k if self._keys is None else math.ceil(setting.overfetch * k)
-        candidates = self.index.search(queries, k, count, probes=setting.probes, allowed=allowed)
-        # An index may know nothing of removals; what is not allowed is no neighbour, whatever came back.
-        ids = candidates.ids if allowed is None else torch.where(allowed.allows(candidates.ids), candidates.ids, -1)
+        if allowed is None:
+            candidates = self.index.search(queries, k, count, probes=setting.probes)
+        else:
+            candidates = self._allowed_candidates(queries, k, count, setting.probes, allowed)
+        ids = candidates.ids
         if self._keys is None:
             ids, order = ids.sort(dim=1, stable=True)
             return self._nearest(candidates.distances.gather(1, order), ids, k)
@@ -91,6 +93,21 @@ class Retriever:
         if len(parts) == 1:
             return parts[0]
         return Neighbors(*(torch.cat([getattr(part, name) for part in parts]) for name in ("distances", "tokens", "ids")))
+
+    def _allowed_candidates(self, queries: Tensor, k: int, count: int, probes: int, allowed: EntryMask) -> Candidates:
+        """Candidates that are allowed. A row that finds fewer than k looks into twice as many cells, as often as it takes.
+
+        Documents that are removed together lie together, so the nearest cells of a query may have lost all they held.
+        """
+        found = self.index.search(queries, k, count, probes=probes, allowed=allowed)
+        # An index may know nothing of removals; what is not allowed is no neighbour, whatever came back.
+        ids = torch.where(allowed.allows(found.ids), found.ids, -1)
+        distances, enough = found.distances, min(k, allowed.allowed)
+        few = ((ids >= 0).sum(1) < enough).nonzero()[:, 0]
+        if len(few) and probes < self.index.nlist:
+            wider = self._allowed_candidates(queries[few], k, count, min(2 * probes, self.index.nlist), allowed)
+            distances, ids = distances.index_copy(0, few, wider.distances), ids.index_copy(0, few, wider.ids)
+        return Candidates(distances, ids)
 
     def _measured(self, queries: Tensor, ids: Tensor, k: int, stored: Gatherable) -> Neighbors:
         """Neighbours out of candidates [n, c], by exact distance."""

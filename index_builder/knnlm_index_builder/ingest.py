@@ -64,7 +64,7 @@ def ingest(
 
 
 def _same_corpus(receipt: CorpusReceipt, corpus: Corpus, store: Path) -> CorpusReceipt:
-    require_same({"corpus": receipt.digest}, {"corpus": corpus.digest()}, f"{store} holds an unfinished build of another text")
+    require_same({"corpus": receipt.digest}, {"corpus": corpus.read_digest()}, f"{store} holds an unfinished build of another text")
     return receipt
 
 
@@ -82,9 +82,9 @@ def _write(
                 span_file.write(document.spans.tobytes())
             table.add(_record(document, first_token + tokens, first_serial + documents))
             documents, tokens = documents + 1, tokens + len(document.ids)
-            progress("reading", tokens, None)
+            progress("reading bytes", corpus.bytes_read, corpus.bytes_total)
     table.close()
-    return CorpusReceipt(documents, tokens, counting.count - documents, corpus.digest())
+    return CorpusReceipt(documents, tokens, counting.count - documents, corpus.read_digest())
 
 
 class _Counting:

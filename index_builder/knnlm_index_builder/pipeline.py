@@ -81,7 +81,7 @@ def build_datastore(
     with held(store):
         plan = {"operation": "build", **settings.plan(model, windowing)}
         if tuning_text is not None:
-            plan["text"] = tuning_text.digest()
+            plan["text"] = tuning_text.read_digest()
         if is_complete(store):
             return _complete(store, corpus, plan)
         site = Site(store)
@@ -111,7 +111,7 @@ def append_documents(
             stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
             split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
         )  # fmt: skip
-        digest = corpus.digest()
+        digest = corpus.read_digest()
         if digest in base.appended:
             site.clean_up(base)
             return BuildResult(base, True)
@@ -132,7 +132,7 @@ def _complete(store: Path, corpus: Corpus, plan: dict[str, Any]) -> BuildResult:
     check_files(store, manifest, verify=False)
     site = Site(store, manifest)
     found = {"operation": "build", "on_overflow": "stop", **json.loads((store / SETTINGS).read_bytes())}
-    require_same(found, {"corpus": corpus.digest(), **plan}, f"{store} holds a datastore of another build")
+    require_same(found, {"corpus": corpus.read_digest(), **plan}, f"{store} holds a datastore of another build")
     begun = site.begun()
     if begun is None or begun["operation"] == "build":
         site.clean_up(manifest)

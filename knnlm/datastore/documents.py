@@ -108,6 +108,22 @@ class DocumentTable:
         """All document ids, in corpus order."""
         return (value.as_py() for value in self._table["id"])
 
+    def character_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Length of each document's text, in characters: [documents]."""
+        counts: np.ndarray[Any, np.dtype[np.int64]] = self._table["characters"].to_numpy()
+        return counts
+
+    def repeated_ids(self, among: np.ndarray[Any, np.dtype[np.bool_]]) -> list[str]:
+        """Ids that several of the documents have for which ``among`` [documents] is true."""
+        counted = pc.value_counts(self._table["id"].filter(pa.array(among)))
+        repeated: list[str] = counted.filter(pc.greater(counted.field("counts"), 1)).field("values").to_pylist()
+        return repeated
+
+    def texts(self, column: str, rows: Iterable[int]) -> list[str]:
+        """``id`` or ``source`` of documents by number, in that order."""
+        values = self._table[column]
+        return [values[int(row)].as_py() for row in rows]
+
     def rows_of(self, column: str, values: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Numbers of the documents whose ``id`` or ``source`` is one of ``values``."""
         found = pc.is_in(self._table[column], value_set=pa.array(values, pa.string()))
@@ -132,9 +148,10 @@ class DocumentTable:
                 part = part.set_column(SCHEMA.get_field_index("token_start"), SCHEMA.field("token_start"), pa.array(starts))
                 writer.write_table(part.cast(SCHEMA))
 
-    def metadata(self) -> Iterable[dict[str, Any]]:
-        """The metadata of each document, in corpus order."""
-        return (json.loads(value.as_py()) for value in self._table["metadata"])
+    def metadata(self, rows: Iterable[int]) -> Iterable[dict[str, Any]]:
+        """The metadata of documents by number, in that order."""
+        column = self._table["metadata"]
+        return (json.loads(column[int(row)].as_py()) for row in rows)
 
     def of_entry(self, entry: int) -> int:
         """Number of the document that an entry belongs to."""

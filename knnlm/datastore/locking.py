@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from knnlm.errors import StoreLocked
+from knnlm.errors import StoreLocked, StoreNotFound
 
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
     """Hold the folder ``store`` for one writer. The system lets go of it when the process ends, however it ends.
 
-    Raises :class:`StoreLocked` at once if another process holds it.
+    Raises :class:`StoreLocked` at once if another process holds it, :class:`StoreNotFound` if there is no such folder.
     """
-    descriptor = os.open(store, os.O_RDONLY)
+    try:
+        descriptor = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFound(f"There is no datastore at {store}: no such folder.") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -26,3 +29,12 @@ def locked(store: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def being_written(store: Path) -> bool:
+    """Whether another process holds the lock of ``store`` now."""
+    try:
+        with locked(store):
+            return False
+    except StoreLocked:
+        return True

@@ -123,22 +123,23 @@ class Datastore:
         """
         root = Path(path)
         while True:
-            before = _signature(root)
+            before = signature_of(root)
             manifest = Manifest.read(root)
             try:
                 check_files(root, manifest, verify=verify)
                 return cls(root, manifest, before)
             except StoreDamaged:
                 # Another process may just have put a compacted store in the place of this one.
-                if _signature(root) == before:
+                if signature_of(root) == before:
                     raise
 
     def refresh(self) -> bool:
         """Take over what other processes removed since; True if anything changed. Costs one look at the manifest's time.
 
         After a compaction or an append this store stays as it was opened, less the documents that are no longer there.
+        Raises the errors of a store that can't be read; what is open stays as it is then.
         """
-        signature = _signature(self.path)
+        signature = signature_of(self.path)
         if signature == self._signature:
             return False
         removed = np.setdiff1d(self.documents.serials, _live_serials(self.path), assume_unique=True)
@@ -155,13 +156,20 @@ class Datastore:
     def __len__(self) -> int:
         return self.manifest.counts.entries
 
+    def is_removed(self, entry: int) -> bool:
+        """Whether an entry's document was removed; raises :class:`InvalidInput` for a number that no entry has."""
+        if not 0 <= entry < len(self):
+            raise InvalidInput("entry", f"is {entry}, but the datastore has entries 0 to {len(self) - 1}.")
+        mask = self.allowed()
+        return mask is not None and not bool(mask.allows(torch.tensor(entry)))
+
     def evidence(self, entry: int) -> Evidence:
         """Document, character span, line and left context of an entry, in O(log documents).
 
-        Raises :class:`InvalidInput` for a number that no entry has.
+        Raises :class:`InvalidInput` for a number that no entry has, or one whose document was removed.
         """
-        if not 0 <= entry < len(self):
-            raise InvalidInput("entry", f"is {entry}, but the datastore has entries 0 to {len(self) - 1}.")
+        if self.is_removed(entry):
+            raise InvalidInput("entry", f"is {entry}, whose document was removed.")
         number = self.documents.of_entry(entry)
         document = self.documents[number]
         position = self.documents.position_of_entry(entry)
@@ -204,21 +212,21 @@ def removed_serials(root: Path, manifest: Manifest) -> Serials:
 def _live_serials(root: Path) -> Serials:
     """Serials of the documents that the store at ``root`` holds now and that are not removed."""
     while True:
-        before = _signature(root)
+        before = signature_of(root)
         manifest = Manifest.read(root)
         try:
             table = DocumentTable([root / name for name in manifest.documents])
             return np.setdiff1d(table.serials, removed_serials(root, manifest), assume_unique=True)
         except StoreDamaged:
-            if _signature(root) == before:
+            if signature_of(root) == before:
                 raise
 
 
-def _signature(root: Path) -> Signature:
+def signature_of(root: Path) -> Signature:
     """Changes when the manifest is replaced; zeros where there is none."""
     try:
         found = (root / MANIFEST).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, 0, 0
     return found.st_mtime_ns, found.st_ino, found.st_size
 
@@ -227,22 +235,29 @@ LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss", "index.ivfd
 
 
 def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
-    """Raise :class:`StoreDamaged` for the first file that is missing or has another size or content.
+    """Raise :class:`StoreDamaged` for the first file that is missing or has another size or content, or a bad profile.
 
     Without ``verify``, the content of the large files (keys, values, tokens, spans, codes) is not read.
     """
     for name, expected in manifest.files.items():
         _check_file(root / name, expected, content=verify or Path(name).name not in LARGE_FILES)
     _check_audit(root, manifest, content=verify)
+    Profile.read(root)
 
 
-def damaged_files(root: Path, manifest: Manifest) -> Iterator[str]:
-    """One sentence for each file that is missing, has another size, or another content than the manifest says."""
+def damaged_files(root: Path, manifest: Manifest, progress: Callable[[int], None]) -> Iterator[str]:
+    """One sentence for each file that is missing, has another size, or another content than the manifest says.
+
+    ``progress`` is called with the bytes of the files read so far.
+    """
+    done = 0
     for name, expected in manifest.files.items():
         try:
             _check_file(root / name, expected, content=True)
         except StoreDamaged as damage:
             yield str(damage)
+        done += expected.bytes
+        progress(done)
     try:
         _check_audit(root, manifest, content=True)
     except StoreDamaged as damage:

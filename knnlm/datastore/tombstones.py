@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from knnlm.arrays import map_array
 from knnlm.datastore.documents import DocumentTable
+from knnlm.datastore.files import write_atomically
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import StoreDamaged
 
@@ -23,6 +25,13 @@ class Tombstones:
         self.documents = np.flatnonzero(np.isin(table.serials, serials))
         self.serials: Serials = table.serials[self.documents]
         self.mask = EntryMask.without(entries, table.entry_ranges(self.documents)) if len(self.documents) else None
+
+
+def write_serials(path: Path, serials: Serials) -> None:
+    """Write a tombstone file whole or not at all; durable when this returns."""
+    content = io.BytesIO()
+    np.save(content, serials)
+    write_atomically(path, content.getvalue())
 
 
 def read_serials(path: Path) -> Serials:

@@ -37,6 +37,7 @@ from knnlm_server.sequence import (
     ScoreResult,
     TokenEvent,
 )
+from knnlm_server.store_watch import StoreWatch
 from knnlm_server.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class DecodingEngine:
         self, knn_lm: KNNLanguageModel, model: HFLanguageModel, store: Datastore, limits: Limits, step_tokens: int = STEP_TOKENS
     ) -> None:
         self._knn_lm, self._model, self._store, self._limits, self._step_tokens = knn_lm, model, store, limits, step_tokens
+        self._watch = StoreWatch(store)
         self._tokenizer = knn_lm.tokenizer
         self._generations: dict[str, _Generation] = {}
         self._scorings: deque[_Scoring] = deque()
@@ -124,6 +126,8 @@ class DecodingEngine:
     def step(self) -> list[Output]:
         """One forward pass for each group of rows, one search for all, one token for each row that is ready."""
         outputs: list[Output] = []
+        # Before anything is searched: what a step finds, its evidence may show.
+        self._watch.look()
         parts = [part for group in self._scheduler.schedule() if (part := self._forward(group)) is not None]
         if parts:
             ready = _Ready(

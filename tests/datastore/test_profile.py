@@ -83,7 +83,7 @@ def test_a_flipped_byte_is_refused_and_found_by_verify(at: int, store: Path, cap
     with pytest.raises(StoreDamaged, match=r"profile\.json is damaged"):
         open_store(store)
     assert knnlm("verify", store, "--json") == 1
-    (damage,) = json.loads(capsys.readouterr().out)["damaged"]
+    (damage,) = json.loads(capsys.readouterr().out)["problems"]
     assert str(path) in damage
 
 

@@ -406,9 +406,9 @@ def test_one_search_serves_all_rows_that_want_the_same_k(gpt2: Parts, monkeypatc
     searches: list[int] = []
     search = index.search
 
-    def counting(queries: torch.Tensor, k: int, count: int) -> Any:
+    def counting(queries: torch.Tensor, k: int, count: int, **options: Any) -> Any:
         searches.append(len(queries))
-        return search(queries, k, count)
+        return search(queries, k, count, **options)
 
     monkeypatch.setattr(index, "search", counting)
     asked = [request(f"{n}", [3 + n], retrieval=MIXED, max_new_tokens=4, ignore_eos=True) for n in range(5)]

@@ -284,5 +284,5 @@ def filled(text: str, wrong: dict[str, str]) -> str:
 def test_a_damaged_store_is_named_by_verify(wrong: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert knnlm("verify", wrong["DAMAGED"], "--json") == 1
     said: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert len(said["damaged"]) == 1
-    assert "keys.npy" in said["damaged"][0]
+    assert len(said["problems"]) == 1
+    assert "keys.npy" in said["problems"][0]
