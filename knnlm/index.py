@@ -64,8 +64,9 @@ class IndexFacts:
     """How an index was made.
 
     ``nlist``: cells of an inverted file, 0 without one. ``trained_on``: keys in its training sample, drawn with ``seed``
-    out of ``trained_entries`` (all that there were; None: ``entries``). ``points_per_list``: how many keys a cell the
-    sample was to have; ``kmeans_iterations`` of the clustering into cells; ``fill_rows``: keys coded at a time.
+    out of ``trained_entries`` (all that there were then; None: ``entries``). ``points_per_list``: how many keys the sample
+    was to have for each cell; ``cell_iterations`` and ``code_iterations``: rounds of k-means for cells and for product
+    codes; ``fill_rows``: keys coded at a time. Those with a default were not noted in format version 1, which had it.
     """
 
     factory: str
@@ -77,7 +78,8 @@ class IndexFacts:
     faiss_version: str | None
     trained_entries: int | None = None
     points_per_list: int = 64
-    kmeans_iterations: int = 10
+    cell_iterations: int = 10
+    code_iterations: int = 25
     fill_rows: int = 65_536
 
 

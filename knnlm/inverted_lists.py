@@ -135,10 +135,7 @@ def lists_start(index: Any) -> int | None:
 
 def _has_plain_lists(inverted: Any) -> bool:
     faiss = import_faiss()
-    # The index without duplicates keeps entries outside of its lists.
-    if inverted is None or isinstance(faiss.downcast_index(inverted), faiss.IndexIVFFlatDedup):
-        return False
-    return type(faiss.downcast_InvertedLists(inverted.invlists)) is faiss.ArrayInvertedLists
+    return inverted is not None and type(faiss.downcast_InvertedLists(inverted.invlists)) is faiss.ArrayInvertedLists
 
 
 class _End:
@@ -155,7 +152,9 @@ class _End:
 
 def list_sizes(folder: Path) -> Sizes:
     """Entries in each cell of the index in ``folder`` [nlist]; none for an index without an inverted file."""
-    inverted = import_faiss().try_extract_index_ivf(read_index_file(folder / INDEX_FILE))
+    # What is taken out of an index lives as long as the index does.
+    index = read_index_file(folder / INDEX_FILE)
+    inverted = import_faiss().try_extract_index_ivf(index)
     return np.array([inverted.invlists.list_size(number) for number in range(inverted.nlist if inverted is not None else 0)], np.int64)
 
 

@@ -83,7 +83,7 @@ class _Compaction:
         first = 1 + max(int(shard.name) for shard in base.shards)
         planned = plan_shards(documents, base.windowing, built["shard_tokens"], names=first)
         counts = Counts(len(documents), int(documents.token_counts.sum()), sum(facts.entries for facts in planned))
-        index = self._index_stage(asked, built["index"], counts.entries)
+        index = self._index_stage(asked, built, counts.entries)
         require_free(store, self._opened.size_bytes() * counts.entries // base.counts.entries, "the compacted store")
         receipts = self._rewrite(documents, planned, counts.entries)
         if base.key.stored:
@@ -105,15 +105,18 @@ class _Compaction:
         freed = self._opened.size_bytes() - sum(file.bytes for file in files.values())
         return CompactionResult(manifest, gone.documents, gone.entries, freed, tuple(index.warnings))
 
-    def _index_stage(self, asked: str | None, built: str, entries: int) -> IndexStage:
+    def _index_stage(self, asked: str | None, built: dict[str, Any], entries: int) -> IndexStage:
         """The index asked for now, else the one asked for at the build; codes without keys can't change their kind."""
         base = self._base
-        factory = asked or built
+        factory = asked or built["index"]
         if not base.key.stored:
             factory = read_index_facts(self._site.store / base.index).factory
             if asked not in (None, factory):
                 raise InvalidInput("index", f"can't change from {factory!r} to {asked!r}: the datastore keeps no keys to code anew.")
-        stage = IndexStage(self._site, factory, base.key.dimension, entries, self._resources, self._progress, keys_stored=base.key.stored)
+        stage = IndexStage(
+            self._site, factory, base.key.dimension, entries, self._resources, self._progress, keys_stored=base.key.stored,
+            part_entries=built["shard_tokens"],
+        )  # fmt: skip
         stage.require_possible()
         return stage
 

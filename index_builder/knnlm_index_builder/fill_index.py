@@ -12,7 +12,7 @@ from torch import Tensor
 
 from knnlm.datastore.files import written_aside
 from knnlm.index import INDEX_FILE, IndexFacts, import_faiss, read_index_facts, read_index_file, to_gpu
-from knnlm_index_builder.train_index import faiss_threads, require_finite, said_of, steady_lists, transforms, write_index
+from knnlm_index_builder.train_index import require_finite, said_of, steady_faiss, steady_lists, transforms, write_index
 
 Pieces = Iterable[tuple[int, Tensor]]
 
@@ -28,18 +28,18 @@ def fill_part(trained: Path, pieces: Pieces, path: Path, device: str = "cpu", to
     index = read_index_file(trained / INDEX_FILE, mapped=False)
     inverted = faiss.downcast_index(faiss.extract_index_ivf(index))
     filled = inverted if device == "cpu" else to_gpu(inverted, device)
-    threads = faiss.omp_get_max_threads() if steady_lists(index) is not None else 1
+    threads = 1 if steady_lists(index) is None else None
     for ids, rows in _chunks(pieces, facts):
-        with faiss_threads(1):
+        with steady_faiss(1):
             for transform in transforms(index):
                 rows = transform.apply(rows)
-        with said_of(facts.factory, "take entries by number"), faiss_threads(threads):
+        with said_of(facts.factory, "take entries by number"), steady_faiss(threads):
             filled.add_with_ids(rows, ids)
         told(len(ids))
     if device != "cpu":
-        inverted = faiss.downcast_index(faiss.index_gpu_to_cpu(filled))
+        filled = faiss.index_gpu_to_cpu(filled)
     with written_aside(path) as file:
-        faiss.write_InvertedLists(inverted.invlists, faiss.PyCallbackIOWriter(file.write))
+        faiss.write_InvertedLists(faiss.extract_index_ivf(filled).invlists, faiss.PyCallbackIOWriter(file.write))
 
 
 def fill_whole(source: Path, pieces: Pieces, folder: Path, told: Callable[[int], None] = lambda _: None) -> IndexFacts:
@@ -50,7 +50,7 @@ def fill_whole(source: Path, pieces: Pieces, folder: Path, told: Callable[[int],
     facts = read_index_facts(source)
     index = read_index_file(source / INDEX_FILE, mapped=False)
     for ids, rows in _chunks(pieces, facts):
-        with said_of(facts.factory, "take entries by number"), faiss_threads(1):
+        with said_of(facts.factory, "take entries by number"), steady_faiss(1):
             index.add_with_ids(rows, ids)
         told(len(ids))
     facts = replace(facts, entries=index.ntotal)

@@ -63,6 +63,11 @@ def ingest(
     return receipt
 
 
+def was_ingested(folder: Path) -> bool:
+    """Whether an earlier call came to its end in ``folder``."""
+    return (folder / RECEIPT).exists()
+
+
 def _same_corpus(receipt: CorpusReceipt, corpus: Corpus, store: Path) -> CorpusReceipt:
     require_same({"corpus": receipt.digest}, {"corpus": corpus.read_digest()}, f"{store} holds an unfinished build of another text")
     return receipt

@@ -105,9 +105,9 @@ def write_lists(lists: Lists, file: BinaryIO) -> None:
     pending = 0
     for number in np.flatnonzero(lists.sizes).tolist():
         for codes in lists.codes(number):
-            file.write(codes)
+            file.write(codes.data)
         for ids in lists.ids(number):
-            file.write(ids)
+            file.write(ids.data)
         pending += int(lists.sizes[number]) * (lists.code_size + ID_BYTES)
         if pending > PIECE_BYTES:
             lists.forget()

@@ -27,7 +27,7 @@ from knnlm.tokenization import TextTokenizer
 from knnlm.windows import Windowing
 from knnlm_index_builder.encode import ShardDescriptor, ShardReceipt, plan_shards, read_receipt
 from knnlm_index_builder.index_stage import IndexStage
-from knnlm_index_builder.ingest import DOCUMENTS, CorpusReceipt, IngestedCorpus, ingest
+from knnlm_index_builder.ingest import DOCUMENTS, CorpusReceipt, IngestedCorpus, ingest, was_ingested
 from knnlm_index_builder.plan import require_same
 from knnlm_index_builder.progress import Meter, Progress
 from knnlm_index_builder.search_stage import choose_search
@@ -181,6 +181,7 @@ class _Extension:
 
     def _read(self, tokenizer: TextTokenizer) -> tuple[CorpusReceipt, IndexStage]:
         work, site = self._work, self._site
+        anew = not was_ingested(self._scratch)
         try:
             receipt = ingest(
                 work.corpus, tokenizer, work.model.vocabulary_size, self._scratch, work.progress.update,
@@ -193,12 +194,14 @@ class _Extension:
             entries = receipt.entries + (site.base.counts.entries if site.base else 0)
             index = IndexStage(
                 site, work.settings.index, work.model.key_dimension, entries, work.resources, work.progress,
-                keys_stored=work.settings.keys != "none", device=str(work.model.device), extends=site.base is not None,
+                keys_stored=work.settings.keys != "none", part_entries=work.settings.shard_tokens, device=str(work.model.device),
+                extends=site.base is not None,
             )  # fmt: skip
             index.require_possible()
         except KNNLMError:
-            # Nothing of worth was made yet, so the folder stays free for another corpus or index.
-            site.abandon()
+            # Where nothing of worth was made yet, the folder stays free for another corpus or index.
+            if anew:
+                site.abandon()
             raise
         return receipt, index
 

@@ -23,6 +23,8 @@ from knnlm.retrieval import Gatherable
 POINTS_PER_LIST, LEAST_POINTS_PER_LIST, FEWEST_POINTS = 64, 39, 20_000
 GPU_PQ_SIZES = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
 SEED = 20200430
+# Of real hidden states, 7 rounds find cells in which searches see as much as after 10, and more points do no better.
+CELL_ITERATIONS, CODE_ITERATIONS = 7, 10
 MOST_FILL_ROWS, FILL_FLOATS = 65_536, 1 << 24
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -52,6 +54,12 @@ def choose_factory(entries: int, dimension: int, *, gpu: bool = False, keys_stor
 def _lists(wanted: float, entries: int) -> int:
     """A number of cells near ``wanted`` that ``entries`` training points can fill."""
     return max(1, min(round(wanted), entries // LEAST_POINTS_PER_LIST))
+
+
+def training_points(nlist: int, entries: int, most: int | None = None) -> int:
+    """How many keys to train on: 64 a cell and at least 20,000, but at most ``most`` unless that is below 39 a cell."""
+    wanted = min(entries, max(POINTS_PER_LIST * nlist, FEWEST_POINTS))
+    return wanted if most is None else max(min(wanted, most), min(entries, max(LEAST_POINTS_PER_LIST * nlist, FEWEST_POINTS)))
 
 
 def training_sample(entries: int, most: int) -> Tensor:
@@ -87,7 +95,10 @@ def new_index(factory: str, dimension: int) -> Any:
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is None:
         return faiss.IndexIDMap(index)
-    inverted.cp.seed = SEED
+    inverted.cp.seed, inverted.cp.niter = SEED, CELL_ITERATIONS
+    codes = faiss.downcast_index(inverted)
+    if isinstance(codes, faiss.IndexIVFPQ):
+        codes.pq.cp.max_points_per_centroid, codes.pq.cp.niter = POINTS_PER_LIST, CODE_ITERATIONS
     return index
 
 
@@ -105,10 +116,11 @@ def train(factory: str, dimension: int, sample: Floats, entries: int, folder: Pa
         with said_of(factory, f"be trained with {len(sample)} entries"):
             _train(index, sample, device)
     inverted = faiss.try_extract_index_ivf(index)
-    nlist, rounds = (0, 0) if inverted is None else (inverted.nlist, inverted.cp.niter)
     facts = IndexFacts(
-        factory, dimension, 0, nlist, trained_on, SEED, faiss.__version__, entries, POINTS_PER_LIST, rounds, fill_rows(dimension)
-    )
+        factory, dimension, 0, 0 if inverted is None else inverted.nlist, trained_on, SEED, faiss.__version__,
+        trained_entries=entries, points_per_list=POINTS_PER_LIST, cell_iterations=CELL_ITERATIONS,
+        code_iterations=CODE_ITERATIONS, fill_rows=fill_rows(dimension),
+    )  # fmt: skip
     write_index(index, facts, folder)
     return facts
 
@@ -116,27 +128,32 @@ def train(factory: str, dimension: int, sample: Floats, entries: int, folder: Pa
 def _train(index: Any, sample: Floats, device: str) -> None:
     inverted = steady_lists(index)
     if inverted is None:
-        with faiss_threads(1):
+        with steady_faiss(1):
             index.train(sample)
         return
     rows = sample
-    for transform in transforms(index):
-        with faiss_threads(1):
+    with steady_faiss(1):
+        for transform in transforms(index):
             transform.train(rows)
             rows = transform.apply(rows)
-    _train_cells(inverted, rows, device)
-    inverted.train(rows)
+    with steady_faiss():
+        centroids = _centroids(inverted, rows, device)
+    # A graph over the cells that several threads grow is another one each time.
+    with steady_faiss(1):
+        inverted.quantizer.add(centroids)
+    with steady_faiss():
+        inverted.train(rows)
     index.is_trained = True
 
 
-def _train_cells(inverted: Any, rows: Floats, device: str) -> None:
-    """k-means with all threads; centroids are added with one, since a graph grown by several is another each time."""
+def _centroids(inverted: Any, rows: Floats, device: str) -> Floats:
+    """Centres of the cells [nlist, width] by k-means."""
     faiss = import_faiss()
     clustering = faiss.Clustering(inverted.d, inverted.nlist, inverted.cp)
     nearest = faiss.IndexFlatL2(inverted.d)
     clustering.train(rows, nearest if device == "cpu" else to_gpu(nearest, device))
-    with faiss_threads(1):
-        inverted.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(inverted.nlist, inverted.d))
+    centroids: Floats = faiss.vector_to_array(clustering.centroids).reshape(inverted.nlist, inverted.d)
+    return centroids
 
 
 def steady_lists(index: Any) -> Any:
@@ -164,15 +181,21 @@ def transforms(index: Any) -> list[Any]:
 
 
 @contextmanager
-def faiss_threads(count: int) -> Iterator[None]:
-    """Let FAISS compute with ``count`` threads: its rotations and graphs come out differently with more of them."""
+def steady_faiss(threads: int | None = None) -> Iterator[None]:
+    """Let FAISS compute with ``threads`` (None: as many as there are), and distances in one way only.
+
+    Its rotations and graphs come out differently with more than one thread. Distances of few or narrow vectors take
+    another way, much slower for a product code's parts, and other last bits, below a threshold that any opened index moves.
+    """
     faiss = import_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    before, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+    faiss.omp_set_num_threads(threads or before)
+    faiss.cvar.distance_compute_blas_threshold = 1
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+        faiss.cvar.distance_compute_blas_threshold = threshold
 
 
 @contextmanager

@@ -88,7 +88,8 @@ class Datastore:
 
     ``keys`` [entries, dimension] float16 or float32 (None: not stored), ``values`` [entries] int32, ``tokens`` [tokens]
     int32 and ``spans`` [tokens, 2] uint32 (None: built from token arrays) are memory-mapped; ``documents`` is the table of
-    where they came from; ``tombstones`` say which of those were removed. Numbers of entries and documents count removed ones too. ``profile``: the calibrated mixture, if there is one.
+    where they came from; ``tombstones`` say which of those were removed. Numbers of entries and documents count removed
+    ones too. ``profile``: the calibrated mixture, if there is one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, signature: Signature) -> None:
