@@ -66,7 +66,7 @@ def build(
 def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
     """Every file of a store by name, without what the manifest says of its time of creation (and its checksum of that).
 
-    ``receipts`` False leaves out how shards were made (batch size, device).
+    ``receipts`` False leaves out how shards were made (batch size, device), and what the manifest says of those files.
     """
     found = {path.relative_to(store).as_posix(): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
     if not receipts:
@@ -74,6 +74,7 @@ def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
     if "manifest.json" in found:
         manifest = json.loads(found["manifest.json"])
         del manifest["created"], manifest["checksum"]
+        manifest["files"] = {name: facts for name, facts in manifest["files"].items() if receipts or not name.endswith("receipt.json")}
         found["manifest.json"] = json.dumps(manifest).encode()
     return found
 
