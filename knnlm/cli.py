@@ -180,6 +180,39 @@ def remove(
     inspection.show_removal(store, removal, dry_run=dry_run, as_json=json)
 
 
+@app.command()
+def doctor(
+    store: Store,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Measure on this held-out text (file or folder; may be repeated).", show_default="stored entries"),
+    ] = None,
+    queries: Annotated[int, typer.Option(help="Positions to measure at.", min=1)] = 256,
+    k: Annotated[list[int] | None, typer.Option("--k", help="Neighbours; may be repeated.", show_default="16, 64, 256, 1024")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Measure, choose, and put the new search settings into the store.")] = False,
+    model: Model = None,
+    device: Annotated[str, typer.Option(help="Where the model reads --text: cpu, cuda or cuda:N.")] = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """How far searches are from exact search, in the next-token distribution; CPU against GPU; what to change.
+
+    Exit status 1 if the mean total variation is above 0.005 for some k. Stored entries are asked for without their own
+    document. Loads the model with --text only.
+    """
+    from knnlm.console import quiet_transformers
+    from knnlm.doctor import Options, examine
+    from knnlm.doctor_report import show
+    from knnlm.search_tuning import KS
+
+    ks = tuple(sorted(set(k))) if k else KS
+    options = Options(ks, queries, tuple(text or ()), model, device, trust_remote_code, apply).validate()
+    quiet_transformers()
+    diagnosis = examine(store, options)
+    show(diagnosis, as_json=json)
+    raise typer.Exit(0 if diagnosis.healthy else 1)
+
+
 @functools.cache
 def load_commands() -> typer.Typer:
     """The command with the subcommands of all installed packages, each registered once."""

@@ -46,6 +46,16 @@ class EntryMask:
         set_bits = (self.bits[safe >> 3] >> (safe & 7).astype(np.uint8)) & 1
         return torch.from_numpy(np.asarray(inside & set_bits.astype(bool)))
 
+    def at(self, ranks: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The allowed entries with these numbers among the allowed ones: [m], each from 0 to ``allowed`` - 1."""
+        counts = np.bitwise_count(self.bits)
+        ends = np.cumsum(counts, dtype=np.int64)
+        places = np.searchsorted(ends, ranks, side="right")
+        within = ranks - (ends - counts)[places]
+        kept = np.unpackbits(self.bits[places, None], axis=1, bitorder="little")
+        entries: np.ndarray[Any, np.dtype[np.int64]] = 8 * places + (kept.cumsum(axis=1) > within[:, None]).argmax(axis=1)
+        return entries
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Which of the entries [start, stop) are allowed: [stop - start] bool."""
         first = start // 8

@@ -205,6 +205,13 @@ class FaissIndex:
         """See :attr:`NeighborIndex.nlist`."""
         return self.facts.nlist
 
+    def list_sizes(self) -> Tensor | None:
+        """Entries in each cell [nlist] int64; None without an inverted file, and on a GPU."""
+        if not self.facts.nlist or self._device != "cpu":
+            return None
+        lists = import_faiss().extract_index_ivf(self._index).invlists
+        return torch.tensor([lists.list_size(cell) for cell in range(self.facts.nlist)])
+
     def search(self, queries: Tensor, k: int, count: int, *, probes: int, allowed: EntryMask | None = None) -> Candidates:
         """See :meth:`NeighborIndex.search`."""
         if queries.ndim != 2 or queries.shape[1] != self.facts.dimension:

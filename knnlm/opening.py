@@ -8,6 +8,7 @@ from pathlib import Path
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
+from knnlm.datastore.search_file import search_settings
 from knnlm.errors import StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
@@ -101,5 +102,5 @@ def open_store(
     index = open_index(datastore.path / datastore.manifest.index, datastore.keys, len(datastore), device)
     text = datastore.manifest.text
     tokenizer = loaded.tokenizer(text.bos, text.eos)  # type: ignore[arg-type]
-    retriever = Retriever(index, datastore.keys, datastore.values, allowed=datastore.allowed)
+    retriever = Retriever(index, datastore.keys, datastore.values, search_settings(datastore, index), datastore.allowed)
     return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, settings_from)

@@ -5,15 +5,13 @@ Knows the format's names and versions, not what lies in the shards.
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from knnlm.datastore.files import FileFacts, checksum, read_json_with_checksum, write_json_with_checksum
-from knnlm.errors import InvalidInput, StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
+from knnlm.datastore.parsing import parse, parse_value
+from knnlm.errors import StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
 from knnlm.model import KeyLayer, LanguageModel, ModelFingerprint
 from knnlm.windows import Windowing
 
@@ -23,8 +21,6 @@ RECEIPT = "receipt.json"
 BUILD_FOLDER = ".build"
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features a store may require of its reader beyond its format version; this reader knows none yet."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,10 +170,10 @@ class Manifest:
                 f"{path} has format version {version}, but this knnlm reads versions 1 to {FORMAT_VERSION}; "
                 "use the version that wrote it, or newer."
             )
-        required = _value(list[str], content.get("requires", []), f"{path}: requires")
+        required = parse_value(list[str], content.get("requires", []), f"{path}: requires")
         if unknown := sorted(set(required) - KNOWN_FEATURES):
             raise StoreVersion(f"{path} requires {', '.join(unknown)}, which this knnlm does not know; use a newer version.")
-        return _parse(cls, _from_version_1(content, path) if version == 1 else content, str(path))
+        return parse(cls, _from_version_1(content, path) if version == 1 else content, str(path))
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreMismatch` if ``model`` is not the one that made the keys, naming both sides."""
@@ -197,7 +193,7 @@ class Manifest:
 
 def _from_version_1(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Facts of a version 1 store as version 2 says them: one document table, serials in row order, nothing removed."""
-    counts = _parse(Counts, content.get("counts"), f"{path}: counts")
+    counts = parse(Counts, content.get("counts"), f"{path}: counts")
     return {
         **content,
         "documents": [content.get("documents")],
@@ -211,36 +207,3 @@ def _from_version_1(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _layer(layer: KeyLayer) -> str:
     return f"{layer.kind} ({layer.module})"
-
-
-def _parse(kind: type[T], content: Any, where: str) -> T:
-    """Build a dataclass from JSON, checking every field's presence and type."""
-    if not isinstance(content, dict):
-        raise StoreDamaged(f"{where} is damaged: expected an object for {kind.__name__}, found {type(content).__name__}.")
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if missing := sorted(names - set(content)):
-        raise StoreDamaged(f"{where} is damaged: {kind.__name__} lacks {', '.join(missing)}.")
-    values = {name: _value(hints[name], content[name], f"{where}: {name}") for name in names}
-    try:
-        return kind(**values)
-    except InvalidInput as error:
-        raise StoreDamaged(f"{where} is damaged: {error}") from error
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _parse(typing.cast("type[Any]", hint), value, where)
-    if origin is types.UnionType:
-        return None if value is None and type(None) in arguments else _value(arguments[0], value, where)
-    if origin is typing.Literal:
-        if value in arguments:
-            return value
-    elif origin is list and isinstance(value, list):
-        return [_value(arguments[0], item, where) for item in value]
-    elif origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{where}[{key}]") for key, item in value.items()}
-    elif origin is None and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
-        return value
-    raise StoreDamaged(f"{where} is damaged: found {value!r}.")

@@ -20,6 +20,7 @@ from knnlm.datastore.documents import DocumentRecord, DocumentTable
 from knnlm.datastore.files import FileFacts, file_facts
 from knnlm.datastore.manifest import MANIFEST, Manifest, ShardFacts
 from knnlm.datastore.profile import Profile
+from knnlm.datastore.search_file import read_search
 from knnlm.datastore.tombstones import Serials, Tombstones, read_serials
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput, StoreDamaged
@@ -89,7 +90,7 @@ class Datastore:
     ``keys`` [entries, dimension] float16 or float32 (None: not stored), ``values`` [entries] int32, ``tokens`` [tokens]
     int32 and ``spans`` [tokens, 2] uint32 (None: built from token arrays) are memory-mapped; ``documents`` is the table of
     where they came from; ``tombstones`` say which of those were removed. Numbers of entries and documents count removed
-    ones too. ``profile``: the calibrated mixture, if there is one.
+    ones too. ``profile``: the calibrated mixture, ``search``: the measured search settings, each None if there are none.
     """
 
     def __init__(self, path: Path, manifest: Manifest, signature: Signature) -> None:
@@ -97,6 +98,7 @@ class Datastore:
         self.manifest = manifest
         self._signature = signature
         self.profile = Profile.read(path)
+        self.search = read_search(path, manifest)
         self.documents = DocumentTable([path / name for name in manifest.documents])
         counts, shards = manifest.counts, manifest.shards
         if len(self.documents) != counts.documents or int(self.documents.token_counts.sum()) != counts.tokens:
