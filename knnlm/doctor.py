@@ -19,7 +19,7 @@ from knnlm.datastore.search_file import replace_search, search_settings
 from knnlm.errors import InvalidInput, KNNLMError, StoreError
 from knnlm.index import EXACT, FaissIndex, NeighborIndex, open_index, read_index_facts
 from knnlm.mixture import MOST_NEIGHBORS, Mixture
-from knnlm.opening import load_model
+from knnlm.model_source import ModelSource
 from knnlm.retrieval import Retriever
 from knnlm.search_measurement import Searched, SearchMeasurement, recall, total_variation
 from knnlm.search_positions import SEED, Positions, sample_entries, stored_positions, text_positions
@@ -176,7 +176,9 @@ def examine(path: Path, options: Options) -> Diagnosis:
 
 def _text_positions(store: Datastore, options: Options) -> Positions:
     facts = store.manifest.text
-    model = load_model(store.manifest, model=options.model, device=options.device, trust_remote_code=options.trust_remote_code)
+    model = ModelSource.of(
+        store.manifest, model=options.model, device=options.device, dtype=None, trust_remote_code=options.trust_remote_code
+    ).load()
     tokenizer = model.tokenizer(facts.bos, facts.eos)  # type: ignore[arg-type]
     documents = [held.ids for held in tokenize(Corpus(options.text, facts.split_documents), tokenizer, model.vocabulary_size)]
     return text_positions(model, documents, store.manifest.windowing, options.queries, DOCTOR_SEED)

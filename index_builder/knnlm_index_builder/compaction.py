@@ -99,7 +99,7 @@ class _Compaction:
             base, knnlm_version=knnlm.__version__, created=now(), counts=counts, shards=[receipt.facts for receipt in receipts],
             documents=[segment], index=index.name, search=None, removed=None, audit=audit, files=files,
         )  # fmt: skip
-        manifest = choose_search(self._site, manifest, None, index, None, self._progress)
+        manifest = choose_search(self._site, manifest, index, self._progress)
         check_files(store, manifest, verify=False)
         self._site.commit(manifest)
         freed = self._opened.size_bytes() - sum(file.bytes for file in files.values())

@@ -18,6 +18,7 @@ from knnlm.datastore.reader import KEYS, ShardedRows
 from knnlm.index import read_index_facts
 from knnlm.inverted_lists import imbalance, list_sizes
 from knnlm.model import LanguageModel
+from knnlm.search_positions import POSITIONS
 from knnlm.windows import Windowing
 from knnlm_index_builder.build_index import FILLING, MERGING, TRAINING, IndexBuild, build_index, extend_index
 from knnlm_index_builder.encode import ShardReceipt
@@ -85,7 +86,8 @@ class IndexStage:
 
         The sample is kept until the operation ends: search settings are measured with it as well.
         """
-        points = self.plan().training_points
+        # An append trains nothing, and needs only what search settings are measured with.
+        points = self.plan().training_points if self._old is None else POSITIONS
         entries, keys = self._sample_files()
         if not entries.exists():
             sample = sample_windows(documents, windowing, points, corpus.first)
@@ -101,6 +103,11 @@ class IndexStage:
             self._progress.update(TRAINING, 0, points)
             self._build.train(self.plan(), self._dimension, self._entries, np.load(keys), self._device)
         return self._build.trained
+
+    @property
+    def has_sample(self) -> bool:
+        """Whether :meth:`train_before_encoding` took a sample."""
+        return self._sample_files()[0].exists()
 
     def sampled(self) -> tuple[Tensor, Tensor]:
         """Entries [m] and keys [m, dimension] of that sample."""

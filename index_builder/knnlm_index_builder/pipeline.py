@@ -174,7 +174,7 @@ class _Extension:
         self._site.place(self._scratch / DOCUMENTS, segment)
         files = {segment: file_facts(store / segment), **shard_files(shards, store), **index.files()}
         manifest = manifest_of(_Made(work, receipt, tokenizer, shards, key_dtype, segment, index.name, files))
-        manifest = choose_search(self._site, manifest, work.model, index, work.tuning_text, work.progress)
+        manifest = choose_search(self._site, manifest, index, work.progress, model=work.model, text=work.tuning_text)
         check_files(store, manifest, verify=False)
         self._site.commit(manifest)
         return BuildResult(manifest, False, receipt.empty, tuple(index.warnings))
