@@ -14,6 +14,8 @@ import typer
 
 from knnlm import __version__
 from knnlm.errors import InvalidInput, KNNLMError
+from knnlm.inputs.problems import OnError
+from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD
 
 COMMANDS = "knnlm.commands"
 INTERRUPTED = 130
@@ -35,6 +37,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute in float32, bfloat16, float16 or float64.", show_default="as built")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code from its repository.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read every file of the store and compare its checksum first.")]
+OnErrorOption = Annotated[OnError, typer.Option(help="What can't be read: stop at the first, or skip it, counted and named.")]
+TextField = Annotated[str, typer.Option(help="Field of JSON lines or column of tables that holds the text.")]
+IdField = Annotated[str, typer.Option(help="Field or column that names documents; one that is named must be there.")]
+NoGitignore = Annotated[bool, typer.Option("--no-gitignore", help="Read what .gitignore files in folders leave out, too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Where = Annotated[
     list[str] | None,
@@ -57,7 +63,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def compare(
     store: Store,
-    text: Annotated[list[Path], typer.Option("--text", help="Held-out text: file or folder; may be repeated.", show_default=False)],
+    text: Annotated[
+        list[str],
+        typer.Option("--text", help="Held-out text: file, folder, glob or URL (docs/inputs.md); may be repeated.", show_default=False),
+    ],
     k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
     knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="profile or 10")] = None,
     weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="profile or 0.2")] = None,
@@ -67,6 +76,10 @@ def compare(
     split_documents: Annotated[
         str | None, typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="as built")
     ] = None,
+    on_error: OnErrorOption = "stop",
+    text_field: TextField = DEFAULT_TEXT_FIELD,
+    id_field: IdField = DEFAULT_ID_FIELD,
+    no_gitignore: NoGitignore = False,
     batch_size: Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)] = 2048,
     model: Model = None,
     device: Device = "cpu",
@@ -83,6 +96,7 @@ def compare(
     import knnlm.evaluation.report as report
     from knnlm.console import progress, quiet_transformers
     from knnlm.evaluation.compare import compare as run
+    from knnlm.inputs.left_out import say_left_out
     from knnlm.opening import open_store
 
     if per_token is not None and not per_token.parent.is_dir():
@@ -92,7 +106,9 @@ def compare(
         store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    corpus = opened.corpus(*text, split_documents=split_documents)
+    corpus = opened.corpus(
+        *text, split_documents=split_documents, on_error=on_error, text_field=text_field, id_field=id_field, gitignore=not no_gitignore
+    )
     with progress() as reporter:
         held = opened.read(corpus)
         total = sum(len(document.ids) - 1 for document in held)
@@ -101,7 +117,8 @@ def compare(
         )
     if per_token is not None:
         report.write_per_token(per_token, comparison.per_token)
-    report.show(opened, comparison, as_json=json, skipped=corpus.skipped)
+    say_left_out(corpus)
+    report.show(opened, comparison, corpus, as_json=json)
 
 
 @app.command()

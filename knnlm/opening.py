@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
@@ -36,9 +37,10 @@ class OpenedKNNLM:
         """The distribution over the token that follows ``text``: ``log_probs`` [1, vocabulary] and who voted for it."""
         return self.knn_lm.next_token(text, mixture)
 
-    def corpus(self, *paths: str | Path, split_documents: str | None = None) -> Corpus:
-        """Files and folders as documents, cut as those of the datastore (or at ``split_documents``)."""
-        return Corpus(paths, split_documents if split_documents is not None else self.store.manifest.text.split_documents)
+    def corpus(self, *paths: str | Path, split_documents: str | None = None, **options: Any) -> Corpus:
+        """Input as documents, cut as those of the datastore (or at ``split_documents``); ``options`` are those of
+        :class:`~knnlm.corpus.Corpus`."""
+        return Corpus(paths, split_documents if split_documents is not None else self.store.manifest.text.split_documents, **options)
 
     def read(self, corpus: Corpus) -> list[TokenizedDocument]:
         """Documents as tokens, with special tokens as those of the datastore. Raises :class:`CorpusError`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from knnlm.cli import IdField, NoGitignore, OnErrorOption, TextField
 from knnlm.errors import InvalidInput
+from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD
 
 if TYPE_CHECKING:
     from knnlm.corpus import Corpus
@@ -28,7 +30,11 @@ def register(app: typer.Typer) -> None:
 def build(
     context: typer.Context,
     text: Annotated[
-        list[str], typer.Argument(help="Files, folders, globs or URLs of text (docs/inputs.md says which formats).", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Files, folders, quoted globs or URLs: text, HTML, .jsonl, .parquet, saved datasets, .npy (docs/inputs.md).",
+            show_default=False,
+        ),
     ],
     store: Annotated[Path, typer.Option("--store", help="Folder of the datastore to be made.", show_default=False)],
     model: Annotated[
@@ -54,6 +60,10 @@ def build(
             "--text", help="Held-out text on which search settings are chosen.", show_default="stored entries, own document left out"
         ),
     ] = None,
+    on_error: OnErrorOption = "stop",
+    text_field: TextField = DEFAULT_TEXT_FIELD,
+    id_field: IdField = DEFAULT_ID_FIELD,
+    no_gitignore: NoGitignore = False,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="the model's context, up to 1024")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens that a window adds.", show_default="half of max-length")] = None,
     bos: Annotated[str, typer.Option(help="Begin documents with BOS: auto (as the tokenizer does), yes or no.")] = "auto",
@@ -106,8 +116,9 @@ def build(
         source = ModelSource.of(base, model=model, device=device, dtype=None, trust_remote_code=trust_remote_code)
     else:
         source = ModelSource(str(model), device, dtype, revision, trust_remote_code, key_layer, key_module)
-    corpus = Corpus(text, split_documents)
-    tuning_text = Corpus(tune_on, split_documents) if tune_on else None
+    options: dict[str, Any] = {"on_error": on_error, "text_field": text_field, "id_field": id_field, "gitignore": not no_gitignore}
+    corpus = Corpus(text, split_documents, **options)
+    tuning_text = Corpus(tune_on, split_documents, **options) if tune_on else None
     console.quiet_transformers()
     loaded = source.load()
     executor = ProcessExecutor(replace(source, expected=None).load, workers) if workers > 1 else None
@@ -145,11 +156,11 @@ def _refuse_settings(context: typer.Context) -> None:
 
 def _say(result: BuildResult, corpus: Corpus, store: Path, *, append: bool) -> None:
     from knnlm import console
+    from knnlm.inputs.left_out import say_left_out
 
-    if corpus.skipped:
-        console.messages.print(f"left out {len(corpus.skipped)} binary files: {', '.join(corpus.skipped[:5])}")
+    say_left_out(corpus)
     if result.empty:
-        console.messages.print(f"left out {result.empty} empty documents")
+        console.messages.print(f"left out {console.counted(result.empty, 'document')} without a token")
     for warning in result.warnings:
         console.messages.print(f"warning: {warning}")
     if result.already_complete:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from knnlm import console
+from knnlm.corpus import Corpus
 from knnlm.evaluation.compare import Comparison, Perplexity, PerToken, per_token_arrays
 from knnlm.opening import OpenedKNNLM
 
@@ -21,7 +22,7 @@ def write_per_token(path: Path, per_token: PerToken) -> None:
         np.savez(file, **dict(per_token_arrays(per_token)))  # type: ignore[arg-type]
 
 
-def show(opened: OpenedKNNLM, comparison: Comparison, *, as_json: bool, skipped: list[str]) -> None:
+def show(opened: OpenedKNNLM, comparison: Comparison, corpus: Corpus, *, as_json: bool) -> None:
     """Print the comparison with the settings used."""
     manifest, mixture = opened.store.manifest, comparison.mixture
     settings = {
@@ -40,7 +41,7 @@ def show(opened: OpenedKNNLM, comparison: Comparison, *, as_json: bool, skipped:
     }
     if as_json:
         content = {name: value for name, value in asdict(comparison).items() if name not in ("per_token", "mixture")}
-        console.print_json({**content, "settings": settings, "skipped_files": skipped})
+        console.print_json({**content, "settings": settings, "left_out": corpus.left_out, "problems": corpus.problems.counts})
         return
     console.out.print(perplexity_table(comparison))
     console.out.print(
@@ -58,8 +59,6 @@ def show(opened: OpenedKNNLM, comparison: Comparison, *, as_json: bool, skipped:
     )
     if comparison.overlap > MUCH_OVERLAP:
         console.messages.print("warning: much of this text stands in the datastore; the figure says little about new text")
-    if skipped:
-        console.messages.print(f"left out {len(skipped)} binary files: {', '.join(skipped[:5])}")
 
 
 def perplexity_table(comparison: Comparison) -> Table:
