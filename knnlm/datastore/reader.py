@@ -64,9 +64,12 @@ class ShardedRows:
             return self._tensors[0].index_select(0, rows)
         shard = torch.searchsorted(self._starts, rows, right=True) - 1
         out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=self._tensors[0].dtype)
+        # Torch writes no rows of unsigned numbers; as bits they are the same.
+        bits = torch.int32 if out.dtype == torch.uint32 else out.dtype
         for number in shard.unique().tolist():
             chosen = (shard == number).nonzero()[:, 0]
-            out[chosen] = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
+            found = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
+            out.view(bits)[chosen] = found.view(bits)
         return out
 
     def slice(self, start: int, stop: int) -> Tensor:
