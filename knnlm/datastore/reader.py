@@ -237,7 +237,7 @@ def signature_of(root: Path) -> Signature:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss", "index.ivfdata"})
+LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss"})
 
 
 def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:
