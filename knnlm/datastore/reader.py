@@ -189,6 +189,13 @@ class Datastore:
             entry, int(self.values.slice(entry, entry + 1)[0]), document, characters, line, self.tokens.slice(start, position).tolist()
         )
 
+    def live_token_ranges(self) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of the token stream between removed documents, in order."""
+        table, gone = self.documents, self.tombstones.documents
+        starts = [0, *(table.token_starts[gone] + table.token_counts[gone]).tolist()]
+        stops = [*table.token_starts[gone].tolist(), len(self.tokens)]
+        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(facts.bytes for facts in self.manifest.files.values())
