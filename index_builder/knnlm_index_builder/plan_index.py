@@ -11,7 +11,7 @@ from knnlm.inverted_lists import ID_BYTES, lists_start
 from knnlm_index_builder.train_index import CODE_ROWS, GPU_PQ_SIZES, fill_rows, new_index, training_points, transforms
 
 # Measured: what FAISS takes beside the arrays counted below.
-WORKING_BYTES = 96 << 20
+WORKING_BYTES = 160 << 20
 FLOAT_BYTES, POINT_BYTES, COPIES = 4, 32, 3
 
 
