@@ -63,11 +63,14 @@ class ShardedRows:
         if len(self._tensors) == 1:
             return self._tensors[0].index_select(0, rows)
         shard = torch.searchsorted(self._starts, rows, right=True) - 1
-        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=self._tensors[0].dtype)
+        stored = self._tensors[0].dtype
+        # Torch puts no unsigned numbers into chosen rows; their bits are the same ones as signed numbers.
+        moved = torch.int32 if stored == torch.uint32 else stored
+        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=moved)
         for number in shard.unique().tolist():
             chosen = (shard == number).nonzero()[:, 0]
-            out[chosen] = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
-        return out
+            out[chosen] = self._tensors[number].view(moved).index_select(0, rows[chosen] - self._starts[number])
+        return out.view(stored)
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop): a view where they lie in one shard."""
