@@ -250,7 +250,7 @@ def test_an_interrupted_append_is_named_once(store: Path, problems: Problems) ->
     for name in (".build/one", ".build/two", "shards/00002.tmp"):
         (store / name).write_text("text")
     (found,) = problems()
-    assert found.startswith(f"{store / '.build'} is left over from an interrupted command; run that command again")
+    assert found.startswith(f"{store / '.build'} is left over from an interrupted command; run that again")
 
 
 def test_files_of_a_writer_that_runs_are_none_of_verifys_business(store: Path, problems: Problems) -> None:
