@@ -8,12 +8,13 @@ from typing import Any
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.manifest import Manifest
+from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.search_file import search_settings
-from knnlm.errors import StoreMismatch
+from knnlm.errors import StoreDamaged, StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
-from knnlm.index import open_index
+from knnlm.index import NeighborIndex, open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel, not_loaded, tokenizer_fingerprint
@@ -94,6 +95,8 @@ def open_store(
     """
     datastore = Datastore.open(store, verify=verify)
     profile = datastore.profile
+    if profile is not None:
+        _require_same_distance(datastore, profile)
     given = {name: value for name, value in (("k", k), ("temperature", temperature), ("weight", weight)) if value is not None}
     mixture = replace(profile.mixture if profile else Mixture(), **given).validate()  # type: ignore[arg-type]
     settings_from = "calibrated profile" if profile else "defaults"
@@ -101,8 +104,30 @@ def open_store(
         settings_from = "given" if len(given) == 3 else f"{', '.join(sorted(given))} given, the rest {settings_from}"
     source = ModelSource.of(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = source.load()
-    index = open_index(datastore.path / datastore.manifest.index, datastore.keys, len(datastore), device)
+    datastore, index = _with_index(datastore, device)
     text = datastore.manifest.text
     tokenizer = loaded.tokenizer(text.bos, text.eos)  # type: ignore[arg-type]
     retriever = Retriever(index, datastore.keys, datastore.values, search_settings(datastore, index), datastore.allowed)
     return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, settings_from)
+
+
+def _require_same_distance(store: Datastore, profile: Profile) -> None:
+    """A temperature that fits one kind of distance makes another distribution of the other."""
+    distance = "exact" if store.manifest.key.stored else "index"
+    if profile.distance != distance:
+        raise StoreMismatch(
+            f"{store.path / PROFILE} was calibrated with distances of the kind {profile.distance!r}, but those of this datastore are "
+            f"{distance!r}; calibrate it again, or delete the file."
+        )
+
+
+def _with_index(opened: Datastore, device: str) -> tuple[Datastore, NeighborIndex]:
+    """The datastore with its index; opened again if another process put a new one in its place while the model was loaded."""
+    while True:
+        try:
+            return opened, open_index(opened.path / opened.manifest.index, opened.keys, len(opened), device)
+        except StoreDamaged:
+            again = Datastore.open(opened.path)
+            if again.manifest.index == opened.manifest.index:
+                raise
+            opened = again

@@ -47,12 +47,11 @@ class IndexBuild:
         trained_of(folder, self._emptied())
 
     def is_trained_for(self, plan: IndexPlan, dimension: int, entries: int) -> bool:
-        """Whether an earlier call trained the index of this plan."""
+        """Whether an earlier call trained an index as in ``plan``, on however many keys the memory was enough for then."""
         if not self.trained.exists():
             return False
         facts = read_index_facts(self.trained)
-        found = (facts.factory, facts.dimension, facts.trained_entries, facts.trained_on)
-        return found == (plan.factory, dimension, entries, plan.training_points)
+        return (facts.factory, facts.dimension, facts.trained_entries) == (plan.factory, dimension, entries)
 
     def _emptied(self) -> Path:
         shutil.rmtree(self.scratch, ignore_errors=True)

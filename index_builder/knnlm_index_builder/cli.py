@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SETTINGS_OF_A_STORE = (
     "index", "keys", "on_overflow", "max_length", "stride", "bos", "eos", "split_documents", "key_layer", "key_module", "shard_tokens",
-    "dtype",
+    "dtype", "revision",
 )  # fmt: skip
 
 
@@ -196,8 +196,9 @@ def compact(
         console.messages.print(f"warning: {warning}")
     if result.manifest.index == before.index:
         console.messages.print(f"nothing is removed from {store}; nothing was changed")
+    elif result.documents:
+        gone = f"{console.counted(result.documents, 'removed document')} with {console.counted(result.entries, 'entry', 'entries')}"
+        console.messages.print(f"{gone} left the disk; {console.size(max(0, result.bytes_freed))} freed")
     else:
-        console.messages.print(
-            f"{result.documents:,} removed documents with {result.entries:,} entries are gone; {console.size(result.bytes_freed)} freed"
-        )
+        console.messages.print(f"the index of {store} was made anew")
     inspection.show(Datastore.open(store), as_json=json)

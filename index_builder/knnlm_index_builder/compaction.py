@@ -23,7 +23,7 @@ from knnlm.datastore.reader import SPANS, TOKENS, VALUES, Datastore, ShardedRows
 from knnlm.errors import InvalidInput, StoreError
 from knnlm.index import read_index_facts
 from knnlm_index_builder.encode import ShardReceipt, plan_shards, read_receipt, write_receipt
-from knnlm_index_builder.index_stage import IndexStage
+from knnlm_index_builder.index_stage import IndexStage, auto_again
 from knnlm_index_builder.ingest import DOCUMENTS
 from knnlm_index_builder.key_file import PIECE_ROWS, KeyFile
 from knnlm_index_builder.machine import require_free
@@ -57,34 +57,49 @@ def compact(store: Path, progress: Progress, resources: Resources, index: str | 
         opened = Datastore.open(store)
         base = opened.manifest
         site = Site(store, base)
+        plan = _plan(base, index)
+        begun = site.begun()
+        if begun is not None and begun["operation"] == "compact" and begun != plan:
+            # It was of the store before a further removal, or of another index, and it is made of the store alone.
+            site.clean_up(base)
         if base.removed is None and index is None:
-            if site.begun() is None or (site.begun() or {}).get("operation") == "compact":
+            if site.begun() is None:
                 site.clean_up(base)
             return CompactionResult(base, 0, 0, 0)
-        if not base.live_documents:
-            raise StoreError(f"Every document of {store} is removed; there is nothing to keep. Delete the folder instead.")
-        removed = asdict(base.removed) if base.removed else None
-        site.claim({"operation": "compact", "documents": base.documents, "removed": removed, "index": index})
-        return _Compaction(opened, site, progress, resources).run(index)
+        if not base.live_entries:
+            raise StoreError(f"Every entry of {store} is removed; there is nothing to keep, so delete the folder instead.")
+        compaction = _Compaction(opened, site, progress, resources, index)
+        site.claim(plan)
+        return compaction.run()
+
+
+def _plan(base: Manifest, index: str | None) -> dict[str, Any]:
+    removed = asdict(base.removed) if base.removed else None
+    return {"operation": "compact", "documents": base.documents, "removed": removed, "index": index}
 
 
 class _Compaction:
-    def __init__(self, opened: Datastore, site: Site, progress: Progress, resources: Resources) -> None:
+    """One run; what can't be done is refused while it is made, before anything is written."""
+
+    def __init__(self, opened: Datastore, site: Site, progress: Progress, resources: Resources, asked: str | None) -> None:
         self._opened, self._base, self._site = opened, opened.manifest, site
         self._progress, self._resources = progress, resources
         self._kept = np.delete(np.arange(len(opened.documents)), opened.tombstones.documents)
+        self._built: dict[str, Any] = json.loads((site.store / SETTINGS).read_bytes())
+        self._index = self._index_stage(asked)
+        if site.begun() is None:
+            needed = opened.size_bytes() * self._base.live_entries // self._base.counts.entries
+            require_free(site.store, needed, "the compacted store")
 
-    def run(self, asked: str | None) -> CompactionResult:
-        base, store = self._base, self._site.store
+    def run(self) -> CompactionResult:
+        """Rewrite, index, measure, commit."""
+        base, store, index = self._base, self._site.store, self._index
         table = self._site.scratch / DOCUMENTS
         self._opened.documents.write_rows(self._kept, table)
         documents = DocumentTable([table])
-        built = json.loads((store / SETTINGS).read_bytes())
         first = 1 + max(int(shard.name) for shard in base.shards)
-        planned = plan_shards(documents, base.windowing, built["shard_tokens"], names=first)
+        planned = plan_shards(documents, base.windowing, self._built["shard_tokens"], names=first)
         counts = Counts(len(documents), int(documents.token_counts.sum()), sum(facts.entries for facts in planned))
-        index = self._index_stage(asked, built, counts.entries)
-        require_free(store, self._opened.size_bytes() * counts.entries // base.counts.entries, "the compacted store")
         receipts = self._rewrite(documents, planned, counts.entries)
         if base.key.stored:
             index.build(receipts)
@@ -102,23 +117,27 @@ class _Compaction:
         manifest = choose_search(self._site, manifest, index, self._progress)
         check_files(store, manifest, verify=False)
         self._site.commit(manifest)
-        freed = self._opened.size_bytes() - sum(file.bytes for file in files.values())
+        freed = self._opened.size_bytes() - sum(file.bytes for file in manifest.files.values())
         return CompactionResult(manifest, gone.documents, gone.entries, freed, tuple(index.warnings))
 
-    def _index_stage(self, asked: str | None, built: dict[str, Any], entries: int) -> IndexStage:
-        """The index asked for now, else the one asked for at the build; codes without keys can't change their kind."""
+    def _index_stage(self, asked: str | None) -> IndexStage:
+        """The index asked for now, else one as there is; codes without keys stay as they are."""
         base = self._base
-        factory = asked or built["index"]
-        if not base.key.stored:
-            factory = read_index_facts(self._site.store / base.index).factory
-            if asked not in (None, factory):
-                raise InvalidInput("index", f"can't change from {factory!r} to {asked!r}: the datastore keeps no keys to code anew.")
+        if asked is not None and not base.key.stored:
+            raise InvalidInput("index", "can't be trained anew, since the datastore keeps no keys; leave it out, or build all text again.")
         stage = IndexStage(
-            self._site, factory, base.key.dimension, entries, self._resources, self._progress, keys_stored=base.key.stored,
-            part_entries=built["shard_tokens"],
+            self._site, asked or self._present_kind(), base.key.dimension, base.live_entries, self._resources, self._progress,
+            keys_stored=base.key.stored, part_entries=self._built["shard_tokens"],
         )  # fmt: skip
-        stage.require_possible()
+        if base.key.stored:
+            stage.require_possible()
         return stage
+
+    def _present_kind(self) -> str:
+        """The factory of the index as it is; where ``auto`` chose it, what that chooses for the entries that are left."""
+        facts = read_index_facts(self._site.store / self._base.index)
+        as_asked = facts.factory == self._built["index"] or not self._base.key.stored
+        return facts.factory if as_asked else auto_again(facts, self._base.live_entries) or facts.factory
 
     def _rewrite(self, documents: DocumentTable, planned: list[ShardFacts], entries: int) -> list[ShardReceipt]:
         """The shards that a build of the remaining documents would make, from the rows that are stored."""

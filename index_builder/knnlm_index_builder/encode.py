@@ -188,8 +188,5 @@ def _require_storable(target_keys: torch.Tensor, key_dtype: str, item: PlacedWin
     number = int(np.searchsorted(documents.token_starts, item.origin, side="right")) - 1
     where = f"The key at token {item.window.first_target - 1 + bad} of document {documents[number].id!r}"
     if np.isfinite(value):
-        raise KeyOverflow(
-            f"{where} has a component of size {value:g}, which float16 can't hold; build with --keys float32, "
-            "or with --on-overflow float32 to go over to it when it happens."
-        )
+        raise KeyOverflow(f"{where} has a component of size {value:g}, which float16 can't hold")
     raise NonFiniteKey(f"{where} is not finite; the model's forward pass overflows in this dtype, so try --dtype float32.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from knnlm.datastore.documents import DocumentTable
 from knnlm.datastore.files import FileFacts, file_facts, written_aside
 from knnlm.datastore.manifest import ShardFacts
 from knnlm.datastore.reader import KEYS, ShardedRows
-from knnlm.index import read_index_facts
+from knnlm.index import IndexFacts, read_index_facts
 from knnlm.inverted_lists import imbalance, list_sizes
 from knnlm.model import LanguageModel
 from knnlm.search_positions import POSITIONS
@@ -34,10 +37,20 @@ from knnlm_index_builder.train_index import choose_factory
 IMBALANCE_GROWTH = 1.5
 
 
+def auto_again(facts: IndexFacts, entries: int) -> str | None:
+    """What ``auto`` chooses for ``entries``, if the index with these ``facts`` is what it chose before, on a CPU or a GPU;
+    None for another index."""
+    trained = facts.entries if facts.trained_entries is None else facts.trained_entries
+    for gpu, keys_stored in itertools.product((False, True), (True, False)):
+        if facts.factory == choose_factory(trained, facts.dimension, gpu=gpu, keys_stored=keys_stored):
+            return choose_factory(entries, facts.dimension, gpu=gpu, keys_stored=keys_stored)
+    return None
+
+
 class IndexStage:
     """The index of the ``entries`` of a store, some of which an index that is there may hold already.
 
-    ``asked``: ``auto``, ``exact`` or a FAISS factory string; with ``extends`` the base's index goes on instead.
+    ``asked``: ``auto``, ``exact`` or a FAISS factory string; with ``extends`` (an append) the base's index goes on instead.
     ``part_entries``: entries of the largest shard. What is made lies in the site's scratch folder until the index folder
     ``name`` is renamed into place; ``warnings`` are sentences for whoever ran the operation.
     """
@@ -49,7 +62,7 @@ class IndexStage:
         base = site.base
         self._site, self._dimension, self._entries = site, dimension, entries
         self._resources, self._progress, self._device = resources, progress, device
-        self._keys_stored, self._part_entries = keys_stored, part_entries
+        self._asked, self._keys_stored, self._part_entries = asked, keys_stored, part_entries
         self._old = site.store / base.index if base is not None and extends else None
         self.name = f"index/{next_name(base.index if base else None)}"
         if self._old is not None:
@@ -123,6 +136,7 @@ class IndexStage:
             for stage, done, total in self._steps(new):
                 self._progress.update(stage, done, total)
         if self._old is not None:
+            self._warn_of_size(read_index_facts(self._old))
             self._warn_of_imbalance(self._old)
 
     def rebuild_without_keys(self, kept: np.ndarray[Any, np.dtype[np.bool_]], old: Path) -> None:
@@ -157,15 +171,33 @@ class IndexStage:
         folder = self._site.scratch / "sample"
         return folder / "entries.npy", folder / "keys.npy"
 
+    def _warn_of_size(self, old: IndexFacts) -> None:
+        """Where ``auto`` would choose another kind of index by now, not only more cells, and there are keys to make it of."""
+        better = auto_again(old, self._entries)
+        if self._asked != "auto" or not self._keys_stored or better is None or _kind(better) == _kind(old.factory):
+            return
+        self.warnings.append(
+            f"the index {old.factory} was chosen for fewer entries than the {self._entries:,} that there are now, for which {better} is "
+            f"better; change over to it with: {self._command('auto')}"
+        )
+
     def _warn_of_imbalance(self, old: Path) -> None:
         if not read_index_facts(old).nlist:
             return
         before, after = imbalance(list_sizes(old)), imbalance(list_sizes(self.folder))
         if after > IMBALANCE_GROWTH * before:
+            anew = f"train it anew with: {self._command(self.factory)}"
             self.warnings.append(
                 f"the index's cells were trained on other text: their imbalance grew from {before:.2f} to {after:.2f}, so searches take "
-                f"longer and may find less; train it anew with: knnlm compact {self._site.store} --index {self.factory}"
+                f"longer and may find less; {anew if self._keys_stored else 'no keys are kept, so only a build of all text trains it anew'}"
             )
+
+    def _command(self, index: str) -> str:
+        return shlex.join(["knnlm", "compact", str(self._site.store), "--index", index])
+
+
+def _kind(factory: str) -> str:
+    return re.sub(r"IVF\d+", "IVF", factory)
 
 
 def stored_keys(store: Path, shards: Sequence[ShardFacts]) -> ShardedRows:

@@ -21,7 +21,7 @@ from knnlm.datastore.files import FileFacts, file_facts, write_atomically
 from knnlm.datastore.manifest import Counts, KeyFacts, Manifest, ModelFacts, ShardFacts, TextFacts
 from knnlm.datastore.reader import check_files, removed_serials
 from knnlm.errors import CorpusError, KeyOverflow, KNNLMError, StoreMismatch
-from knnlm.index import EXACT, import_faiss, read_index_facts
+from knnlm.index import EXACT, import_faiss
 from knnlm.model import LanguageModel
 from knnlm.tokenization import TextTokenizer
 from knnlm.windows import Windowing
@@ -104,26 +104,33 @@ def append_documents(
         base = Manifest.read(store)
         check_files(store, base, verify=False)
         base.require_model(model)
+        if model.dtype != base.model.dtype:
+            raise StoreMismatch(f"The keys of {store} were computed in {base.model.dtype}, but the model computes in {model.dtype}.")
         site = Site(store, base)
         known = json.loads((store / SETTINGS).read_bytes())
         settings = BuildSettings(
-            index=read_index_facts(store / base.index).factory, keys=base.key.dtype, max_length=base.windowing.max_length,
+            index=known["index"], keys=base.key.dtype, max_length=base.windowing.max_length,
             stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
             split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
         )  # fmt: skip
+        _require_same_kind(corpus, store, base)
         digest = corpus.read_digest()
         if digest in base.appended:
-            site.clean_up(base)
+            if site.begun() is None:
+                site.clean_up(base)
             return BuildResult(base, True)
-        if corpus.pretokenized != base.text.pretokenized:
-            kinds = ("token arrays", "text")
-            raise StoreMismatch(
-                f"{store} holds {kinds[not base.text.pretokenized]}, but the input is {kinds[not corpus.pretokenized]}; build another."
-            )
         plan = {"operation": "append", "corpus": digest, "documents": base.documents, "entries": base.counts.entries, "index": base.index}
         site.claim(plan)
         work = _Work(site, corpus, model, settings, base.windowing, resources or Resources(), progress, tuning_text)
         return _Extension(work).run(lambda made: _next_manifest(made, base, store))
+
+
+def _require_same_kind(corpus: Corpus, store: Path, base: Manifest) -> None:
+    if corpus.pretokenized != base.text.pretokenized:
+        kinds = ("text", "token arrays")
+        raise StoreMismatch(
+            f"{store} holds {kinds[base.text.pretokenized]}, but the input is {kinds[corpus.pretokenized]}; build another datastore of it."
+        )
 
 
 def _complete(store: Path, corpus: Corpus, plan: dict[str, Any]) -> BuildResult:
@@ -133,8 +140,7 @@ def _complete(store: Path, corpus: Corpus, plan: dict[str, Any]) -> BuildResult:
     site = Site(store, manifest)
     found = {"operation": "build", "on_overflow": "stop", **json.loads((store / SETTINGS).read_bytes())}
     require_same(found, {"corpus": corpus.read_digest(), **plan}, f"{store} holds a datastore of another build")
-    begun = site.begun()
-    if begun is None or begun["operation"] == "build":
+    if site.begun() is None:
         site.clean_up(manifest)
     return BuildResult(manifest, True)
 
@@ -222,11 +228,16 @@ class _Extension:
         key_dtype = marker.read_text() if marker.exists() else settings.keys
         try:
             return self._encode(index, key_dtype, receipt), key_dtype
-        except KeyOverflow:
+        except KeyOverflow as overflow:
             if settings.on_overflow == "stop":
-                raise
+                raise KeyOverflow(f"{overflow}; {self._advice_on_overflow()}") from None
         write_atomically(marker, settings.on_overflow.encode())
         return self._encode(index, settings.on_overflow, receipt), settings.on_overflow
+
+    def _advice_on_overflow(self) -> str:
+        if self._site.base is None:
+            return "build with --keys float32, or with --on-overflow float32 to go over to it when it happens."
+        return f"{self._site.store} keeps its keys as float16, so leave this document out, or build all anew with --keys float32."
 
     def _encode(self, index: IndexStage, key_dtype: str, corpus: CorpusReceipt) -> list[ShardReceipt]:
         work, folder = self._work, self._site.store / "shards"
@@ -238,7 +249,7 @@ class _Extension:
         folder.mkdir(exist_ok=True)
         for facts in self._planned():
             receipt = read_receipt(folder / facts.name)
-            if receipt is not None and receipt.key_dtype == key_dtype:
+            if receipt is not None and receipt.key_dtype == key_dtype and (trained is None or index.part(facts).exists()):
                 receipts.append(receipt)
                 meter.advance(facts.entries)
                 continue

@@ -36,9 +36,11 @@ class Site:
         """Note what is being done in the scratch folder, or compare it with what was begun there."""
         begun = self.begun()
         if begun is not None:
-            what = f"{self.store} holds an unfinished {begun.get('operation', 'build')}, to be removed ({self.scratch}) if it is not wanted"
-            require_same(begun, plan, what)
+            self._require_same(begun, plan)
             return
+        if self.base is not None:
+            # Shards of an operation that was given up must not be taken for those of this one.
+            self.clean_up(self.base)
         others = [entry.name for entry in self.store.iterdir() if entry.name != BUILD_FOLDER]
         if others and self.base is None:
             raise StoreError(
@@ -48,12 +50,23 @@ class Site:
         write_atomically(self.scratch / SETTINGS, as_json(plan))
 
     def begun(self) -> dict[str, Any] | None:
-        """The plan of an operation that was not finished."""
+        """The plan of an operation that was not finished; None for one whose process was killed right after its commit."""
         path = self.scratch / SETTINGS
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
+        # Every commit of an operation on a base gives it another list of segments, which the plan names.
+        over = self.base is not None and found.get("documents") != self.base.documents
+        return None if over else found
+
+    def _require_same(self, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+        operation = begun.get("operation", "build")
+        if operation != plan["operation"]:
+            raise StoreError(
+                f"{self.store} holds an unfinished {operation}; finish it with the command that began it, or give it up by "
+                f"deleting the folder {self.scratch}."
+            )
+        require_same(begun, plan, f"{self.store} holds an unfinished {operation}, to be removed ({self.scratch}) if it is not wanted")
 
     def abandon(self) -> None:
         """Forget an operation that made nothing of worth yet."""

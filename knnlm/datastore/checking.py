@@ -63,7 +63,8 @@ def left_overs(root: Path, manifest: Manifest) -> Iterator[str]:
     if not others or being_written(root):
         return
     if any(name.startswith(f"{BUILD_FOLDER}/") for name in others):
-        yield f"{root / BUILD_FOLDER} is left over from an interrupted build or append; run that command again, or: knnlm compact {root}"
+        what = f"{root / BUILD_FOLDER} is left over from an interrupted command"
+        yield f"{what}; run that again, or delete this folder and run: knnlm compact {root}"
     for name in others:
         if not name.startswith(f"{BUILD_FOLDER}/"):
             yield (

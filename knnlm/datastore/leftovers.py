@@ -6,13 +6,14 @@ from pathlib import Path
 
 from knnlm.datastore.audit import AUDIT_LOG
 from knnlm.datastore.files import sync_folder
-from knnlm.datastore.manifest import BUILD_FOLDER, MANIFEST, Manifest
+from knnlm.datastore.manifest import BUILD_FOLDER, MANIFEST, RECEIPT, Manifest
 from knnlm.datastore.profile import PROFILE
 
 
 def leftovers(store: Path, manifest: Manifest) -> list[Path]:
     """Files that ``manifest`` does not list, in sorted order; those of an operation that can go on (``.build``) excluded."""
-    known = {*manifest.files, MANIFEST, PROFILE, AUDIT_LOG}
+    receipts = {f"shards/{shard.name}/{RECEIPT}" for shard in manifest.shards}  # version 1 does not list them
+    known = {*manifest.files, *receipts, MANIFEST, PROFILE, AUDIT_LOG}
     found = (path for path in store.rglob("*") if path.is_file())
     return sorted(
         path for path in found

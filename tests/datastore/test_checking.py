@@ -256,7 +256,7 @@ def test_an_interrupted_append_is_named_once(store: Path, problems: Problems) ->
     for name in ("one", "two"):
         (store / ".build" / name).write_text("text")
     (found,) = problems()
-    assert found.startswith(f"{store / '.build'} is left over from an interrupted build or append")
+    assert found.startswith(f"{store / '.build'} is left over from an interrupted command")
 
 
 def test_files_of_a_writer_that_runs_are_none_of_verifys_business(store: Path, problems: Problems) -> None:
