@@ -7,13 +7,17 @@ work of FAISS.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +107,14 @@ def _count(steps: Steps) -> None:
     import faiss
 
     from knnlm.console import ProgressReporter
+    from knnlm_index_builder import fill_index, train_index
     from tests.fake_model import FakeModel
 
     os.fsync = steps.before(os.fsync, "fsync")
     sys.addaudithook(steps.audit)
     for place, name in (
-        (faiss, "write_index"), (faiss, "write_InvertedLists"), (faiss.Clustering, "train"), (faiss.IndexIVFScalarQuantizer, "add_with_ids"),
-        (FakeModel, "forward"), (ProgressReporter, "update"),
+        (faiss, "write_index"), (train_index, "find_cells"), (fill_index, "in_blocks"), (FakeModel, "forward"),
+        (ProgressReporter, "update"),
     ):  # fmt: skip
         setattr(place, name, steps.before(getattr(place, name), name))
 
@@ -136,18 +141,25 @@ def _run(asked: dict[str, Any]) -> None:
     os._exit(status)
 
 
-def main() -> None:
-    """Fork for each line of standard input, and answer with the exit status."""
-    import traceback
-
-    from knnlm import cli, inspection, opening  # noqa: F401
+def _warm_up() -> None:
+    """Load what a run needs, once for all."""
     from knnlm.model_source import ModelSource
-    from knnlm_index_builder import compaction, pipeline  # noqa: F401
     from tests.fake_model import FakeModel
+    from tests.stores import knnlm, text_folder
 
-    cli.load_commands()
     model = FakeModel()
     ModelSource.load = lambda self: model  # type: ignore[assignment,method-assign,return-value]
+    with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        store, text = Path(name) / "store", text_folder(Path(name) / "text", ["A sailor sold it.", "The miller found it."])
+        for arguments in (
+            ("build", text, "--model", "fake", "--store", store), ("remove", store, "--document", "story-0001.txt"), ("compact", store)
+        ):  # fmt: skip
+            assert knnlm(*arguments) == 0
+
+
+def main() -> None:
+    """Fork for each line of standard input, and answer with the exit status."""
+    _warm_up()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
