@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 from knnlm import cli
+from knnlm.datastore.manifest import Manifest
 from knnlm.model import HFLanguageModel
 from knnlm_index_builder.pipeline import BuildResult, build_datastore
 from knnlm_index_builder.settings import BuildSettings, Resources
 
-__all__ = ["Silent", "build", "command", "contents", "gpt2", "knnlm", "llama", "text_folder", "token_folder"]
+__all__ = ["Silent", "build", "command", "contents", "forget_settings", "gpt2", "knnlm", "llama", "text_folder", "token_folder"]
 
 
 class Silent:
@@ -79,6 +81,14 @@ def contents(store: Path, *, receipts: bool = True) -> dict[str, bytes]:
             manifest["files"] = {name: facts for name, facts in manifest["files"].items() if not name.endswith("receipt.json")}
         found["manifest.json"] = json.dumps(manifest).encode()
     return found
+
+
+def forget_settings(store: Path) -> None:
+    """Make of a store what a build without measurement, as that of format version 1, left: searches go by rule."""
+    manifest = Manifest.read(store)
+    assert manifest.search is not None
+    replace(manifest, search=None, files={name: facts for name, facts in manifest.files.items() if name != manifest.search}).write(store)
+    (store / manifest.search).unlink()
 
 
 def knnlm(*arguments: str | Path) -> int:

@@ -16,9 +16,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def ngram_overlap(
-    documents: Iterable[np.ndarray[Any, Any]], stored: ShardedRows, ranges: Iterable[tuple[int, int]] | None = None
-) -> float:
+def ngram_overlap(documents: Iterable[np.ndarray[Any, Any]], stored: ShardedRows, ranges: Iterable[tuple[int, int]] | None = None) -> float:
     """Share (0 to 1) of the documents' 13-token sequences that stand somewhere in the stored token stream.
 
     ``ranges`` [start, stop) of the stream are looked at (None: all of it).

@@ -30,7 +30,7 @@ from knnlm.retrieval import Retriever
 from knnlm.search_settings import SearchPoint, SearchSetting, SearchSettings, SearchTuning
 from knnlm.thread_pools import Threads, thread_changes
 from tests import reference
-from tests.stores import build, command, contents, knnlm, text_folder
+from tests.stores import build, command, contents, forget_settings, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
 FACTORIES = ["IVF8,SQ8", "IVF8,PQ8x6np", "Flat", "exact", "SQ8"]
@@ -71,14 +71,6 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
         return found
 
     return run
-
-
-def forget_settings(store: Path) -> None:
-    """Make of a store what a build without measurement, as that of format version 1, left: searches go by rule."""
-    manifest = Manifest.read(store)
-    assert manifest.search is not None
-    replace(manifest, search=None, files={name: facts for name, facts in manifest.files.items() if name != manifest.search}).write(store)
-    (store / manifest.search).unlink()
 
 
 def spoil(store: Path, probes: int = 1) -> None:

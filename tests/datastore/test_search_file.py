@@ -22,7 +22,7 @@ from knnlm.index import open_index
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store
 from knnlm.search_settings import SearchPoint, SearchSetting, SearchSettings, SearchTuning
-from tests.stores import build, contents, knnlm, text_folder
+from tests.stores import build, contents, forget_settings, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
 
@@ -42,6 +42,7 @@ OTHER = replace(TUNING, settings=[SearchSetting(16, 3, 1.0)])
 def untuned(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     build(text_folder(folder / "corpus", tiny_corpus(8)), folder / "store", gpt2, index="IVF4,SQ8", max_length=16)
+    forget_settings(folder / "store")
     return folder / "store"
 
 
