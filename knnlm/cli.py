@@ -14,8 +14,7 @@ import typer
 
 from knnlm import __version__
 from knnlm.errors import InvalidInput, KNNLMError
-from knnlm.inputs.problems import OnError
-from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD
+from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
 
 COMMANDS = "knnlm.commands"
 INTERRUPTED = 130

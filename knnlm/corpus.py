@@ -20,8 +20,9 @@ from knnlm.inputs.files import Format, InputFile, Meter, is_unreadable, require_
 from knnlm.inputs.finding import BINARY, IGNORED, Found, find_files
 from knnlm.inputs.html import read_html
 from knnlm.inputs.ids import SeenIds
-from knnlm.inputs.problems import OnError, Problems
-from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, Reader, Reading
+from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
+from knnlm.inputs.problems import Problems
+from knnlm.inputs.reading import Reader, Reading
 from knnlm.inputs.records import is_unicode, read_jsonl
 from knnlm.inputs.splitting import compile_cut
 from knnlm.inputs.tables import read_dataset, read_parquet

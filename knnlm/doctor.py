@@ -289,4 +289,6 @@ def _other_index(manifest: Manifest, path: Path) -> str:
     factory = f"IVF{facts.nlist},SQ8" if facts.nlist and "SQ8" not in facts.factory else "Flat"
     if facts.factory in ("Flat", EXACT):
         return f"compare its files with their checksums: {shlex.join(['knnlm', 'verify', str(path)])}"
-    return f"an index with finer codes does: knnlm build TEXT --model {shlex.quote(manifest.model.name)} --store NEW --index {factory}"
+    if not manifest.key.stored:
+        return f"finer codes do, which need the text again: build another datastore with --index {factory}, or with stored keys"
+    return f"an index with finer codes does: {shlex.join(['knnlm', 'compact', str(path), '--index', factory])}"

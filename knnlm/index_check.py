@@ -55,17 +55,32 @@ def _ids(folder: Path, index: Any) -> Iterator[Ids]:
 
 
 def _wrong_ids(pieces: Iterator[Ids], entries: int) -> Iterator[str]:
-    seen = np.zeros(entries, dtype=bool)
+    """What is there that should not be, more than once, or not at all: how many of them, and one."""
+    seen, strays, doubles = np.zeros(entries, dtype=bool), _Some(), _Some()
     for ids in pieces:
-        inside = ids[(ids >= 0) & (ids < entries)]
-        if len(inside) < len(ids):
-            yield f"holds the id {ids[(ids < 0) | (ids >= entries)][0]}, which no entry has."
-        numbers, times = np.unique(inside, return_counts=True)
-        for number in numbers[(times > 1) | seen[numbers]][:1].tolist():
-            yield f"holds entry {number} more than once."
+        inside = (ids >= 0) & (ids < entries)
+        strays.add(ids[~inside])
+        numbers, times = np.unique(ids[inside], return_counts=True)
+        doubles.add(numbers[(times > 1) | seen[numbers]])
         seen[numbers] = True
+    if strays.count:
+        yield f"holds {strays.count} ids that no entry has, such as {strays.first}."
+    if doubles.count:
+        yield f"holds entries more than once, such as {doubles.first}."
     if not seen.all():
         yield f"lacks {int((~seen).sum())} of {entries} entries, the first of them {int(np.argmin(seen))}."
+
+
+class _Some:
+    """How many ids of a kind there are, and the first that was found."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, -1
+
+    def add(self, ids: Ids) -> None:
+        if len(ids) and not self.count:
+            self.first = int(ids[0])
+        self.count += len(ids)
 
 
 def _wrong_vectors(index: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ from knnlm.index import INDEX_FILE, import_faiss, read_index_file
 
 ID_BYTES = 8
 PIECE_BYTES = 1 << 24
+MOST_LISTS, MOST_CODE_BYTES = 1 << 28, 1 << 24
 
 Sizes = np.ndarray[Any, np.dtype[np.int64]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -36,7 +37,7 @@ class InvertedLists:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.sizes, self.code_size, data = _read_sizes(self._map, start)
-        except (OSError, ValueError, struct.error) as error:
+        except (OSError, ValueError, OverflowError, IndexError, struct.error) as error:
             raise StoreDamaged(f"{path} is damaged: it holds no inverted lists ({error}).") from error
         self.path = path
         self._starts = data + np.concatenate([[0], np.cumsum(self.sizes * (self.code_size + ID_BYTES))])
@@ -78,8 +79,8 @@ class InvertedLists:
 def _read_sizes(content: mmap.mmap, start: int) -> tuple[Sizes, int, int]:
     """Sizes of the lists, bytes of a code, and where the first list begins."""
     word, nlist, code_size, kind, numbers = struct.unpack_from("<4sQQ4sQ", content, start)
-    if word != b"ilar" or kind not in (b"full", b"sprs"):
-        raise ValueError(f"found {word!r} and {kind!r}")
+    if word != b"ilar" or kind not in (b"full", b"sprs") or nlist > MOST_LISTS or code_size > MOST_CODE_BYTES:
+        raise ValueError(f"found {word!r}, {nlist}, {code_size} and {kind!r}")
     data = start + struct.calcsize("<4sQQ4sQ")
     found = np.frombuffer(content, "<i8", numbers, data)
     if kind == b"full":

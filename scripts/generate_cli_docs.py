@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 from knnlm.cli import load_commands
@@ -48,7 +49,8 @@ class Parameter:
 def parameters(callback: Callable[..., Any]) -> list[Parameter]:
     """What a command takes, from the signature of its function."""
     hints = typing.get_type_hints(callback, include_extras=True)
-    return [_parameter(name, hints[name], parameter.default) for name, parameter in inspect.signature(callback).parameters.items()]
+    taken = inspect.signature(callback).parameters.items()
+    return [_parameter(name, hints[name], parameter.default) for name, parameter in taken if hints[name] is not typer.Context]
 
 
 def _parameter(name: str, hint: Any, default: Any) -> Parameter:
@@ -64,6 +66,8 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
 
 
 def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(typing.get_args(kind))
     inner = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     return (
         _type_name(inner) if typing.get_args(inner) else {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "Path": "PATH"}[inner.__name__]

@@ -24,6 +24,11 @@ settings.register_profile(
 settings.load_profile("knnlm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make crash-test`` crashes more."""
+    parser.addoption("--crashes", type=int, default=1, help="multiply the crashes and kills of builds by this")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run where there is a GPU only."""
     if not torch.cuda.is_available():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,10 @@ class FakeModel:
 
     def __init__(self) -> None:
         self._embedding = torch.randn(VOCABULARY, DIMENSION, generator=torch.Generator().manual_seed(0))
-        self._tokenizer = tiny_tokenizer()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return tiny_tokenizer()
 
     def tokenizer(self, bos: BosMode = "auto", eos: bool = False) -> TextTokenizer:
         return TextTokenizer(self._tokenizer, bos, eos)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    # Seconds to import, which processes that have a fake model do without.
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 300
@@ -36,6 +39,8 @@ def tiny_corpus(n_documents: int, seed: int = 0) -> list[str]:
 
 def tiny_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 300 tokens; with ``adds_bos`` its post-processor puts ``<|endoftext|>`` in front by itself."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,6 +59,8 @@ def tiny_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     """A SentencePiece-like tokenizer: words with a leading ▁, and bytes for every character that it does not know."""
+    from transformers import PreTrainedTokenizerFast
+
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -65,6 +72,8 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     """GPT-2's structure: learned positions, tied head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0,
@@ -77,6 +86,8 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     """LLaMA's structure: rotary positions, grouped heads, untied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

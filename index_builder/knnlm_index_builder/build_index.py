@@ -16,9 +16,10 @@ from knnlm.datastore.manifest import ShardFacts
 from knnlm.datastore.reader import ShardedRows
 from knnlm.index import EXACT, read_index_facts
 from knnlm_index_builder.fill_index import fill_part, fill_whole
+from knnlm_index_builder.find_cells import Floats
 from knnlm_index_builder.merge_index import is_mergeable, merge_parts, trained_of, write_exact
 from knnlm_index_builder.plan_index import IndexPlan
-from knnlm_index_builder.train_index import Floats, gather_sample, train, training_sample
+from knnlm_index_builder.train_index import gather_sample, train, training_sample
 
 TRAINING, FILLING, MERGING = "training the index", "filling the index", "merging the index"
 

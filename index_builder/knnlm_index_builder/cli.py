@@ -9,7 +9,7 @@ import typer
 
 from knnlm.cli import IdField, NoGitignore, OnErrorOption, TextField
 from knnlm.errors import InvalidInput
-from knnlm.inputs.reading import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD
+from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD
 
 if TYPE_CHECKING:
     from knnlm.corpus import Corpus

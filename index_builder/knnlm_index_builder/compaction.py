@@ -62,7 +62,7 @@ def compact(store: Path, progress: Progress, resources: Resources, index: str | 
         if begun is not None and begun["operation"] == "compact" and begun != plan:
             # It was of the store before a further removal, or of another index, and it is made of the store alone.
             site.clean_up(base)
-        if base.removed is None and index is None:
+        if base.removed is None and (index is None or _is_done(site, index)):
             if site.begun() is None:
                 site.clean_up(base)
             return CompactionResult(base, 0, 0, 0)
@@ -71,6 +71,12 @@ def compact(store: Path, progress: Progress, resources: Resources, index: str | 
         compaction = _Compaction(opened, site, progress, resources, index)
         site.claim(plan)
         return compaction.run()
+
+
+def _is_done(site: Site, index: str) -> bool:
+    """Whether an earlier call was killed when it had made this index, and nothing was changed since."""
+    plan = site.committed()
+    return plan is not None and (plan["operation"], plan["index"]) == ("compact", index)
 
 
 def _plan(base: Manifest, index: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from knnlm.console import quiet_transformers
 from knnlm.errors import WorkerLost
 from knnlm.model import LanguageModel
 from knnlm_index_builder.encode import ShardDescriptor, ShardReceipt, build_shard
@@ -124,6 +125,7 @@ def _begin(load: Callable[[], LanguageModel], threads: int, shared: _Shared) -> 
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    quiet_transformers()
     _worker = load(), shared
 
 

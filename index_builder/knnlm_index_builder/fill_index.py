@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from knnlm.datastore.files import written_aside
 from knnlm.index import INDEX_FILE, IndexFacts, import_faiss, read_index_facts, read_index_file, to_gpu
-from knnlm_index_builder.train_index import require_finite, said_of, steady_faiss, steady_lists, transforms, write_index
+from knnlm.inverted_lists import Bytes, Sizes, lists_head
+from knnlm_index_builder.find_cells import Floats, in_blocks
+from knnlm_index_builder.train_index import one_thread, require_finite, said_of, steady_faiss, transforms, write_index
 
 Pieces = Iterable[tuple[int, Tensor]]
 
@@ -23,23 +26,61 @@ def fill_part(trained: Path, pieces: Pieces, path: Path, device: str = "cpu", to
     ``pieces``: (number of the first entry, its and the following keys [n, d]); how they are cut changes nothing. ``told``
     is called with the number of entries after each step. Raises :class:`NonFiniteKey` or :class:`IndexingError`.
     """
-    faiss = import_faiss()
     facts = read_index_facts(trained)
     index = read_index_file(trained / INDEX_FILE, mapped=False)
-    inverted = faiss.downcast_index(faiss.extract_index_ivf(index))
-    filled = inverted if device == "cpu" else to_gpu(inverted, device)
-    threads = 1 if steady_lists(index) is None else None
-    for ids, rows in _chunks(pieces, facts):
-        with steady_faiss(1):
-            for transform in transforms(index):
-                rows = transform.apply(rows)
-        with said_of(facts.factory, "take entries by number"), steady_faiss(threads):
-            filled.add_with_ids(rows, ids)
-        told(len(ids))
-    if device != "cpu":
-        filled = faiss.index_gpu_to_cpu(filled)
-    with written_aside(path) as file:
-        faiss.write_InvertedLists(faiss.extract_index_ivf(filled).invlists, faiss.PyCallbackIOWriter(file.write))
+    with said_of(facts.factory, "code entries"), steady_faiss():
+        lists = (_Coded if device == "cpu" else _CodedOnGpu)(index, device)
+        for ids, rows in _chunks(pieces, facts):
+            lists.add(ids, rows)
+            told(len(ids))
+        with written_aside(path) as file:
+            lists.write(file)
+
+
+class _Coded:
+    """Codes of entries with the numbers of their lists, in the order in which they came."""
+
+    def __init__(self, index: Any, _: str) -> None:
+        self._index, self._inverted = index, import_faiss().extract_index_ivf(index)
+        self._codes: list[Bytes] = [np.empty((0, index.sa_code_size()), np.uint8)]
+        self._ids: list[Sizes] = [np.empty(0, np.int64)]
+
+    def add(self, ids: Sizes, rows: Floats) -> None:
+        self._codes.append(in_blocks(self._index.sa_encode, rows))
+        self._ids.append(ids.copy())
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the lists as FAISS does."""
+        head = self._inverted.coarse_code_size()
+        codes, ids = np.concatenate(self._codes), np.concatenate(self._ids)
+        numbers = codes[:, :head].astype(np.int64) @ (1 << 8 * np.arange(head))
+        order = np.argsort(numbers, kind="stable")
+        sizes = np.bincount(numbers, minlength=self._inverted.nlist)
+        file.write(lists_head(sizes, self._inverted.code_size))
+        start = 0
+        for size in sizes[sizes > 0].tolist():
+            chosen = order[start : start + size]
+            file.write(codes[chosen, head:].data)
+            file.write(ids[chosen].data)
+            start += size
+
+
+class _CodedOnGpu:
+    """The same in FAISS's own lists, which is how a GPU gives them."""
+
+    def __init__(self, index: Any, device: str) -> None:
+        self._index, self._on_gpu = index, to_gpu(import_faiss().extract_index_ivf(index), device)
+
+    def add(self, ids: Sizes, rows: Floats) -> None:
+        for transform in transforms(self._index):
+            rows = in_blocks(transform.apply, rows)
+        self._on_gpu.add_with_ids(rows, ids)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the lists as FAISS does."""
+        faiss = import_faiss()
+        index = faiss.index_gpu_to_cpu(self._on_gpu)
+        faiss.write_InvertedLists(index.invlists, faiss.PyCallbackIOWriter(file.write))
 
 
 def fill_whole(source: Path, pieces: Pieces, folder: Path, told: Callable[[int], None] = lambda _: None) -> IndexFacts:
@@ -50,7 +91,7 @@ def fill_whole(source: Path, pieces: Pieces, folder: Path, told: Callable[[int],
     facts = read_index_facts(source)
     index = read_index_file(source / INDEX_FILE, mapped=False)
     for ids, rows in _chunks(pieces, facts):
-        with said_of(facts.factory, "take entries by number"), steady_faiss(1):
+        with said_of(facts.factory, "take entries by number"), steady_faiss(), one_thread():
             index.add_with_ids(rows, ids)
         told(len(ids))
     facts = replace(facts, entries=index.ntotal)

@@ -8,10 +8,10 @@ from typing import Any
 from knnlm.errors import InvalidInput
 from knnlm.index import EXACT, import_faiss
 from knnlm.inverted_lists import ID_BYTES, lists_start
-from knnlm_index_builder.train_index import GPU_PQ_SIZES, fill_rows, new_index, training_points, transforms
+from knnlm_index_builder.train_index import CODE_ROWS, GPU_PQ_SIZES, fill_rows, new_index, training_points, transforms
 
 # Measured: what FAISS takes beside the arrays counted below.
-WORKING_BYTES = 96 << 20
+WORKING_BYTES = 160 << 20
 FLOAT_BYTES, POINT_BYTES, COPIES = 4, 32, 3
 
 
@@ -75,7 +75,7 @@ def _sized(factory: str, dimension: int, entries: int, index: Any, mergeable: bo
     inverted = import_faiss().try_extract_index_ivf(index)
     nlist, width = (0, dimension) if inverted is None else (inverted.nlist, inverted.d)
     cells = nlist * (width * FLOAT_BYTES + _links(inverted.quantizer if inverted is not None else None))
-    fixed = WORKING_BYTES + COPIES * cells
+    fixed = WORKING_BYTES + _tables(inverted) + COPIES * cells
     # The sample, the same behind a rotation, and what is left of it beside its cells' centroids.
     per_point = FLOAT_BYTES * (dimension + width * (2 if transforms(index) else 1)) + POINT_BYTES
     points = 0
@@ -86,7 +86,7 @@ def _sized(factory: str, dimension: int, entries: int, index: Any, mergeable: bo
     filled = part_entries if mergeable else entries
     step = min(fill_rows(dimension), filled) * FLOAT_BYTES * (dimension + COPIES * width)
     # A list that grows is copied to one of twice its size.
-    filling = WORKING_BYTES + 2 * cells + step + COPIES * filled * code
+    filling = WORKING_BYTES + _tables(inverted) + 2 * cells + step + COPIES * filled * code
     return IndexPlan(factory, nlist, mergeable, points, fixed + points * per_point if points else 0, filling, cells + entries * code)
 
 
@@ -103,6 +103,15 @@ def _links(index: Any) -> int:
     graph = getattr(faiss.downcast_index(index), "hnsw", None) if index is not None else None
     # Those of the ground level; the few above it, and where each entry's begin, take about as much as four more.
     return 0 if graph is None else (graph.nb_neighbors(0) + 4) * FLOAT_BYTES
+
+
+def _tables(inverted: Any) -> int:
+    """Bytes of the distances from a block of vectors to every word of a product code, in all threads."""
+    faiss = import_faiss()
+    codes = faiss.downcast_index(inverted) if inverted is not None else None
+    if not isinstance(codes, faiss.IndexIVFPQ):
+        return 0
+    return int(faiss.omp_get_max_threads() * CODE_ROWS * codes.pq.M * codes.pq.ksub * FLOAT_BYTES)
 
 
 def _require_codes(factory: str, inverted: Any, mergeable: bool) -> None:

@@ -51,13 +51,24 @@ class Site:
 
     def begun(self) -> dict[str, Any] | None:
         """The plan of an operation that was not finished; None for one whose process was killed right after its commit."""
+        found = self._noted()
+        return None if found is None or self._is_over(found) else found
+
+    def committed(self) -> dict[str, Any] | None:
+        """The plan of an operation whose process was killed right after its commit."""
+        found = self._noted()
+        return found if found is not None and self._is_over(found) else None
+
+    def _noted(self) -> dict[str, Any] | None:
         path = self.scratch / SETTINGS
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_bytes())
+        return found
+
+    def _is_over(self, plan: dict[str, Any]) -> bool:
         # Every commit of an operation on a base gives it another list of segments, which the plan names.
-        over = self.base is not None and found.get("documents") != self.base.documents
-        return None if over else found
+        return self.base is not None and plan.get("documents") != self.base.documents
 
     def _require_same(self, begun: dict[str, Any], plan: dict[str, Any]) -> None:
         operation = begun.get("operation", "build")
@@ -79,8 +90,14 @@ class Site:
 
     def clean_up(self, manifest: Manifest) -> None:
         """What follows a commit; also for one whose process was killed right after it."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
         delete_leftovers(self.store, manifest)
+        # The plan last, so that an operation whose process is killed here is known to be finished.
+        for entry in self.scratch.iterdir() if self.scratch.exists() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != SETTINGS:
+                entry.unlink()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def place(self, source: Path, name: str) -> None:
         """Copy a finished file of the scratch folder into the store under ``name``."""

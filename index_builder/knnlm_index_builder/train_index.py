@@ -17,8 +17,10 @@ from torch import Tensor
 
 from knnlm.datastore.files import made_aside
 from knnlm.errors import IndexingError, InvalidInput, NonFiniteKey
-from knnlm.index import INDEX_FILE, IndexFacts, faiss_said, import_faiss, to_gpu, write_index_facts
+from knnlm.index import INDEX_FILE, IndexFacts, faiss_said, import_faiss, write_index_facts
+from knnlm.inverted_lists import lists_start
 from knnlm.retrieval import Gatherable
+from knnlm_index_builder.find_cells import Floats, find_cells, in_blocks
 
 POINTS_PER_LIST, LEAST_POINTS_PER_LIST, FEWEST_POINTS = 64, 39, 20_000
 GPU_PQ_SIZES = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
@@ -26,8 +28,7 @@ SEED = 20200430
 # Of real hidden states, 7 rounds find cells in which searches see as much as after 10, and more points do no better.
 CELL_ITERATIONS, CODE_ITERATIONS = 7, 10
 MOST_FILL_ROWS, FILL_FLOATS = 65_536, 1 << 24
-
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+CODE_ROWS = 512
 
 
 def choose_factory(entries: int, dimension: int, *, gpu: bool = False, keys_stored: bool = True) -> str:
@@ -126,50 +127,33 @@ def train(factory: str, dimension: int, sample: Floats, entries: int, folder: Pa
 
 
 def _train(index: Any, sample: Floats, device: str) -> None:
-    inverted = steady_lists(index)
-    if inverted is None:
-        with steady_faiss(1):
-            index.train(sample)
-        return
-    rows = sample
-    with steady_faiss(1):
-        for transform in transforms(index):
-            transform.train(rows)
-            rows = transform.apply(rows)
+    inverted = _flat_cells(index)
     with steady_faiss():
-        centroids = _centroids(inverted, rows, device)
-    # A graph over the cells that several threads grow is another one each time.
-    with steady_faiss(1):
-        inverted.quantizer.add(centroids)
-    with steady_faiss():
-        inverted.train(rows)
+        rows = sample
+        if inverted is not None:
+            for transform in transforms(index):
+                with one_thread():
+                    transform.train(rows)
+                rows = in_blocks(transform.apply, rows)
+            centroids = find_cells(rows, inverted.nlist, CELL_ITERATIONS, SEED, device)
+        # Rotations, graphs and codes come out differently with more threads.
+        with one_thread():
+            if inverted is None:
+                index.train(sample)
+            else:
+                inverted.quantizer.add(centroids)
+                inverted.train(rows)
     index.is_trained = True
 
 
-def _centroids(inverted: Any, rows: Floats, device: str) -> Floats:
-    """Centres of the cells [nlist, width] by k-means."""
-    faiss = import_faiss()
-    clustering = faiss.Clustering(inverted.d, inverted.nlist, inverted.cp)
-    nearest = faiss.IndexFlatL2(inverted.d)
-    clustering.train(rows, nearest if device == "cpu" else to_gpu(nearest, device))
-    centroids: Floats = faiss.vector_to_array(clustering.centroids).reshape(inverted.nlist, inverted.d)
-    return centroids
-
-
-def steady_lists(index: Any) -> Any:
-    """The inverted file in an index, if FAISS trains and fills it to the same bytes with any number of threads, else None.
-
-    Measured, not promised by FAISS; whatever is not listed here gets one thread.
-    """
+def _flat_cells(index: Any) -> Any:
+    """The inverted file that is filled in parts, if its cells are points, with or without a graph over them; else None."""
     faiss = import_faiss()
     inverted = faiss.try_extract_index_ivf(index)
-    if inverted is None:
+    points = {faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexHNSWFlat}
+    if lists_start(index) is None or type(faiss.downcast_index(inverted.quantizer)) not in points:
         return None
-    inverted = faiss.downcast_index(inverted)
-    codes = {faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFRaBitQ}
-    cells = {faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexHNSWFlat}
-    steady = type(inverted) in codes and type(faiss.downcast_index(inverted.quantizer)) in cells
-    return inverted if steady else None
+    return inverted
 
 
 def transforms(index: Any) -> list[Any]:
@@ -181,21 +165,34 @@ def transforms(index: Any) -> list[Any]:
 
 
 @contextmanager
-def steady_faiss(threads: int | None = None) -> Iterator[None]:
-    """Let FAISS compute with ``threads`` (None: as many as there are), and distances in one way only.
+def steady_faiss() -> Iterator[None]:
+    """Let FAISS compute distances in one way only, and product codes in small blocks.
 
-    Its rotations and graphs come out differently with more than one thread. Distances of few or narrow vectors take
-    another way, much slower for a product code's parts, and other last bits, below a threshold that any opened index moves.
+    Distances of few or narrow vectors take another way, much slower for a product code's parts, and with other last bits,
+    below a threshold that any opened index moves. Product codes of large blocks take gigabytes.
     """
     faiss = import_faiss()
-    before, threshold = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
-    faiss.omp_set_num_threads(threads or before)
-    faiss.cvar.distance_compute_blas_threshold = 1
+    settings = {"distance_compute_blas_threshold": 1, "product_quantizer_compute_codes_bs": CODE_ROWS}
+    found = {name: getattr(faiss.cvar, name) for name in settings}
+    for name, value in settings.items():
+        setattr(faiss.cvar, name, value)
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(faiss.cvar, name, value)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let FAISS compute with one thread."""
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-        faiss.cvar.distance_compute_blas_threshold = threshold
 
 
 @contextmanager

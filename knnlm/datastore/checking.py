@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from knnlm.datastore.audit import AUDIT_LOG
 from knnlm.datastore.files import read_json_with_checksum
+from knnlm.datastore.leftovers import leftovers
 from knnlm.datastore.locking import being_written
 from knnlm.datastore.manifest import BUILD_FOLDER, MANIFEST, RECEIPT, Manifest, ShardFacts
-from knnlm.datastore.profile import PROFILE, Profile
+from knnlm.datastore.profile import Profile
 from knnlm.datastore.reader import KEYS, SPANS, TOKENS, VALUES, Datastore, damaged_files, removed_serials
+from knnlm.datastore.search_file import read_search
 from knnlm.errors import StoreDamaged
 from knnlm.index import open_index, read_index_facts
+from knnlm.index_check import index_problems
 
 PIECE_NUMBERS = 1 << 22
 
@@ -49,32 +51,28 @@ def store_problems(root: Path, manifest: Manifest, progress: Progress) -> Iterat
     yield from structure
     yield from _receipt_problems(store)
     yield from _search_problems(store)
-    yield from index_problems(store)
+    yield from _index_problems(store)
     if not structure:
         yield from _content_problems(store, progress)
 
 
 def left_overs(root: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for each file that is no part of the datastore; none while another process is writing it."""
-    receipts = {f"shards/{shard.name}/{RECEIPT}" for shard in manifest.shards}  # version 1 does not list them
-    known = {*manifest.files, *receipts, MANIFEST, PROFILE, AUDIT_LOG}
-    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
-    others = [name for name in found if name not in known]
-    if not others or being_written(root):
+    others, unfinished = leftovers(root, manifest), (root / BUILD_FOLDER).exists()
+    if not (others or unfinished) or being_written(root):
         return
-    if any(name.startswith(f"{BUILD_FOLDER}/") for name in others):
-        what = f"{root / BUILD_FOLDER} is left over from an interrupted command"
-        yield f"{what}; run that again, or delete this folder and run: knnlm compact {root}"
-    for name in others:
-        if not name.startswith(f"{BUILD_FOLDER}/"):
-            yield (
-                f"{root / name} is no part of the datastore: it is left over from an interrupted command, and removed text may be "
-                f"in it; run: knnlm compact {root}"
-            )
+    if unfinished:
+        yield f"{root / BUILD_FOLDER} is left over from an interrupted command; run that again, or delete this folder and run: knnlm compact {root}"
+        return  # the others may be its shards
+    for path in others:
+        yield (
+            f"{path} is no part of the datastore: it is left over from an interrupted command, and removed text may be in it; "
+            f"run: knnlm compact {root}"
+        )
 
 
-def index_problems(store: Datastore) -> Iterator[str]:
-    """A sentence for each problem of the index: the place for every check of what it holds."""
+def _index_problems(store: Datastore) -> Iterator[str]:
+    """A sentence for each problem of the index: it opens, is of the manifest's width, and holds every entry once."""
     folder = store.path / store.manifest.index
     try:
         facts = read_index_facts(folder)
@@ -82,6 +80,7 @@ def index_problems(store: Datastore) -> Iterator[str]:
     except StoreDamaged as problem:
         yield str(problem)
         return
+    yield from index_problems(folder, len(store))
     if facts.dimension != store.manifest.key.dimension:
         yield f"{folder} holds keys of width {facts.dimension}, but the manifest says {store.manifest.key.dimension}."
 
@@ -168,7 +167,7 @@ def _search_problems(store: Datastore) -> Iterator[str]:
         yield f"{store.path / MANIFEST}: {search}, the file of search settings, is not among the files."
         return
     try:
-        read_json_with_checksum(store.path / search)
+        read_search(store.path, store.manifest)
     except StoreDamaged as problem:
         yield str(problem)
 

@@ -54,15 +54,16 @@ class DocumentRecord:
 class DocumentWriter:
     """Writes the table row by row in batches, so memory does not grow with the corpus."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, batch: int = ROWS_AT_ONCE) -> None:
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._rows: list[dict[str, Any]] = []
+        self._batch = batch
 
     def add(self, record: DocumentRecord) -> None:
         """Append one document."""
         self._rows.append({**record.__dict__, "metadata": json.dumps(record.metadata, ensure_ascii=False, sort_keys=True)})
-        if len(self._rows) >= ROWS_AT_ONCE:
+        if len(self._rows) >= self._batch:
             self._flush()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ def leftovers(store: Path, manifest: Manifest) -> list[Path]:
     """Files that ``manifest`` does not list, in sorted order; those of an operation that can go on (``.build``) excluded."""
     receipts = {f"shards/{shard.name}/{RECEIPT}" for shard in manifest.shards}  # version 1 does not list them
     known = {*manifest.files, *receipts, MANIFEST, PROFILE, AUDIT_LOG}
-    found = (path for path in store.rglob("*") if path.is_file())
+    found = (path for path in store.rglob("*") if not path.is_dir())
     return sorted(
         path for path in found
         if (relative := path.relative_to(store)).as_posix() not in known and relative.parts[0] != BUILD_FOLDER

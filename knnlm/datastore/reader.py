@@ -63,14 +63,14 @@ class ShardedRows:
         if len(self._tensors) == 1:
             return self._tensors[0].index_select(0, rows)
         shard = torch.searchsorted(self._starts, rows, right=True) - 1
-        stored = self._tensors[0].dtype
-        # Torch puts no unsigned numbers into chosen rows; their bits are the same ones as signed numbers.
-        moved = torch.int32 if stored == torch.uint32 else stored
-        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=moved)
+        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=self._tensors[0].dtype)
+        # Torch writes no rows of unsigned numbers; as bits they are the same.
+        bits = torch.int32 if out.dtype == torch.uint32 else out.dtype
         for number in shard.unique().tolist():
             chosen = (shard == number).nonzero()[:, 0]
-            out[chosen] = self._tensors[number].view(moved).index_select(0, rows[chosen] - self._starts[number])
-        return out.view(stored)
+            found = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
+            out.view(bits)[chosen] = found.view(bits)
+        return out
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop): a view where they lie in one shard."""
@@ -189,6 +189,13 @@ class Datastore:
             entry, int(self.values.slice(entry, entry + 1)[0]), document, characters, line, self.tokens.slice(start, position).tolist()
         )
 
+    def live_token_ranges(self) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of the token stream between removed documents, in order."""
+        table, gone = self.documents, self.tombstones.documents
+        starts = [0, *(table.token_starts[gone] + table.token_counts[gone]).tolist()]
+        stops = [*table.token_starts[gone].tolist(), len(self.tokens)]
+        return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(facts.bytes for facts in self.manifest.files.values())
@@ -237,7 +244,7 @@ def signature_of(root: Path) -> Signature:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss", "index.ivfdata"})
+LARGE_FILES = frozenset({KEYS, VALUES, TOKENS, SPANS, "index.faiss"})
 
 
 def check_files(root: Path, manifest: Manifest, *, verify: bool) -> None:

@@ -116,7 +116,7 @@ def compare(
         change_standard_error=change * _standard_error(lm - mixed, clusters),
         better=float((mixed > lm).mean()),
         worse=float((mixed < lm).mean()),
-        overlap=ngram_overlap((document.ids for document in held), store.tokens),
+        overlap=ngram_overlap((document.ids for document in held), store.tokens, store.live_token_ranges()),
         clusters=names,
         per_token=per_token,
     )

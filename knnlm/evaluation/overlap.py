@@ -16,8 +16,12 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def ngram_overlap(documents: Iterable[np.ndarray[Any, Any]], stored: ShardedRows) -> float:
+def ngram_overlap(
+    documents: Iterable[np.ndarray[Any, Any]], stored: ShardedRows, ranges: Iterable[tuple[int, int]] | None = None
+) -> float:
     """Share (0 to 1) of the documents' 13-token sequences that stand somewhere in the stored token stream.
+
+    ``ranges`` [start, stop) of the stream are looked at (None: all of it).
 
     13 tokens is what Brown et al. (2020), appendix C, take for decontamination. 64-bit polynomial hashes stand for the
     sequences; stored tokens are read in pieces, so memory follows the documents, not the store.
@@ -27,9 +31,10 @@ def ngram_overlap(documents: Iterable[np.ndarray[Any, Any]], stored: ShardedRows
         return 0.0
     wanted, counts = np.unique(hashes, return_counts=True)
     found = np.zeros(len(wanted), dtype=bool)
-    for start in range(0, len(stored), CHUNK):
-        piece = stored.slice(start, min(start + CHUNK + NGRAM - 1, len(stored))).numpy()
-        found |= np.isin(wanted, _ngram_hashes(piece))
+    for first, last in [(0, len(stored))] if ranges is None else ranges:
+        for start in range(first, last, CHUNK):
+            piece = stored.slice(start, min(start + CHUNK + NGRAM - 1, last)).numpy()
+            found |= np.isin(wanted, _ngram_hashes(piece))
     return float(counts[found].sum() / counts.sum())
 
 

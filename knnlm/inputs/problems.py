@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from knnlm.errors import CorpusError, InvalidInput
+from knnlm.inputs.options import OnError
 
-OnError = Literal["stop", "skip"]
 NAMED = 20
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from knnlm.inputs.document import Document
 from knnlm.inputs.files import InputFile, Meter
+from knnlm.inputs.options import DEFAULT_ID_FIELD
 from knnlm.inputs.problems import LeftOut, Problems
 from knnlm.inputs.splitting import split
-
-DEFAULT_TEXT_FIELD, DEFAULT_ID_FIELD = "text", "id"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,13 @@ from tests.stores import build, contents, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
 SHARDS = ("00000", "00001", "00002")
-SMALL = ("settings.json", "documents/00000.arrow", "index/00000/index.json", *(f"shards/{shard}/receipt.json" for shard in SHARDS))
+SMALL = (
+    "settings.json",
+    "documents/00000.arrow",
+    "index/00000/index.json",
+    "search/00000.json",
+    *(f"shards/{shard}/receipt.json" for shard in SHARDS),
+)
 LARGE = (
     "index/00000/index.faiss",
     *(f"shards/{shard}/{name}.npy" for shard in SHARDS for name in ("keys", "values", "tokens", "spans")),
@@ -59,7 +65,7 @@ def test_the_files_of_this_test_are_those_of_the_store(whole: Path) -> None:
     manifest = Datastore.open(whole).manifest
     assert sorted(manifest.files) == sorted(LISTED)
     assert set(contents(whole)) == {*LISTED, MANIFEST}
-    assert {Path(name).name for name in LARGE} == LARGE_FILES - {"index.ivfdata"}
+    assert {Path(name).name for name in LARGE} == LARGE_FILES
 
 
 @pytest.mark.parametrize("name", LISTED)

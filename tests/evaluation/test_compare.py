@@ -278,7 +278,7 @@ def test_the_command_prints_and_writes_it(
     held = list(tokenize(Corpus([held_folder]), opened.knn_lm.tokenizer, opened.model.vocabulary_size))
     expected = compare(opened.knn_lm, opened.store, held, mixture=Mixture(4, 20.0, 0.3))
     fields = {"documents", "tokens", "base", "knn", "change", "change_standard_error", "better", "worse", "overlap", "clusters"}
-    assert set(said) == fields | {"settings", "skipped_files"}
+    assert set(said) == fields | {"settings", "left_out", "problems"}
     for name in ("base", "knn"):
         assert set(said[name]) == {"value", "standard_error", "bits_per_byte", "tokens_per_second"}
         assert said[name]["value"] == getattr(expected, name).value

@@ -66,3 +66,12 @@ def test_the_order_of_tokens_counts() -> None:
 @pytest.mark.parametrize("documents", [[], [[]], [[1] * (NGRAM - 1)]])
 def test_text_without_any_sequence_has_no_overlap(documents: list[list[int]]) -> None:
     assert ngram_overlap([np.array(d, np.int32) for d in documents], rows([[1] * 50])) == 0
+
+
+def test_ranges_that_are_not_looked_at_hold_nothing() -> None:
+    tokens = list(range(60))
+    asked = [np.array(tokens[start : start + NGRAM], np.int32) for start in (0, 20, 40)]
+    stored = rows([tokens[:35], tokens[35:]])
+    assert ngram_overlap(asked, stored, [(0, 60)]) == 1
+    assert ngram_overlap(asked, stored, [(0, 25), (33, 60)]) == pytest.approx(2 / 3)
+    assert ngram_overlap(asked, stored, []) == 0

@@ -106,7 +106,7 @@ def test_the_profile_applies(golden: Golden, said: dict[str, Any]) -> None:
 
 def test_verify(golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
     assert knnlm("verify", golden.path, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["damaged"] == []
+    assert json.loads(capsys.readouterr().out)["problems"] == []
     assert knnlm("verify", golden.path) == 0
 
 
