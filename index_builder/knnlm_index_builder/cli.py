@@ -172,7 +172,7 @@ def compact(
     store: Annotated[Path, typer.Argument(help="Folder of the datastore.", show_default=False)],
     index: Annotated[
         str | None,
-        typer.Option(help="Train and fill this index anew: auto, exact, or a FAISS factory string.", show_default="as built"),
+        typer.Option(help="Train and fill this index anew: auto, exact, or a FAISS factory string.", show_default="of the kind that it is"),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory for training and filling the index, such as 8GB.", show_default="half of the machine's")
