@@ -105,25 +105,35 @@ def append_documents(
         check_files(store, base, verify=False)
         base.require_model(model)
         site = Site(store, base)
-        known = json.loads((store / SETTINGS).read_bytes())
-        settings = BuildSettings(
-            index=read_index_facts(store / base.index).factory, keys=base.key.dtype, max_length=base.windowing.max_length,
-            stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
-            split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
-        )  # fmt: skip
+        settings = settings_of(store, base)
         digest = corpus.read_digest()
         if digest in base.appended:
             site.clean_up(base)
             return BuildResult(base, True)
-        if corpus.pretokenized != base.text.pretokenized:
-            kinds = ("token arrays", "text")
-            raise StoreMismatch(
-                f"{store} holds {kinds[not base.text.pretokenized]}, but the input is {kinds[not corpus.pretokenized]}; build another."
-            )
+        require_same_kind(corpus, store, base)
         plan = {"operation": "append", "corpus": digest, "documents": base.documents, "entries": base.counts.entries, "index": base.index}
         site.claim(plan)
         work = _Work(site, corpus, model, settings, base.windowing, resources or Resources(), progress, tuning_text)
         return _Extension(work).run(lambda made: _next_manifest(made, base, store))
+
+
+def settings_of(store: Path, base: Manifest) -> BuildSettings:
+    """Those that the store of the manifest ``base`` was built with; what is appended to it is made with them."""
+    known = json.loads((store / SETTINGS).read_bytes())
+    return BuildSettings(
+        index=read_index_facts(store / base.index).factory, keys=base.key.dtype, max_length=base.windowing.max_length,
+        stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
+        split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
+    )  # fmt: skip
+
+
+def require_same_kind(corpus: Corpus, store: Path, base: Manifest) -> None:
+    """Raise :class:`StoreMismatch` for text that would be appended to token arrays, or the other way round."""
+    if corpus.pretokenized != base.text.pretokenized:
+        kinds = ("token arrays", "text")
+        raise StoreMismatch(
+            f"{store} holds {kinds[not base.text.pretokenized]}, but the input is {kinds[not corpus.pretokenized]}; build another."
+        )
 
 
 def _complete(store: Path, corpus: Corpus, plan: dict[str, Any]) -> BuildResult:
