@@ -16,11 +16,12 @@ import xxhash
 
 from knnlm.errors import CorpusError
 from knnlm.inputs.document import Document, IntArray
-from knnlm.inputs.files import Format, InputFile, Meter, is_unreadable, require_package
+from knnlm.inputs.files import CHUNK, COMPRESSED, Format, InputFile, Meter, is_unreadable, require_package
 from knnlm.inputs.finding import BINARY, IGNORED, Found, find_files
 from knnlm.inputs.html import read_html
 from knnlm.inputs.ids import SeenIds
 from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
+from knnlm.inputs.portions import Portion, choose_portions
 from knnlm.inputs.problems import Problems
 from knnlm.inputs.reading import Reader, Reading
 from knnlm.inputs.records import is_unicode, read_jsonl
@@ -86,6 +87,17 @@ class Corpus:
             raise CorpusError(f"No text found in {self._paths}: {self._nothing()}.")
         self._digest = total.hexdigest()
 
+    def portions(self, budget: int) -> Iterator[CorpusPortion]:
+        """About ``budget`` bytes of the corpus, spread over its files; each portion is to be iterated before the next.
+
+        For a corpus whose size is known (:attr:`bytes_total`); ids are not compared, and no digest is made.
+        """
+        files = self._found.files
+        self._latest = progress = _Progress(self._found, self._unfound)
+        whole = [file.format == "html" or (file.format == "text" and self._cut is None) for file in files]
+        for portion in choose_portions([file.size or 0 for file in files], whole, budget):
+            yield CorpusPortion(portion, files[portion.file], self._read_file(files[portion.file], progress), progress.meter)
+
     @property
     def problems(self) -> Problems:
         """What could not be read in the latest iteration, by kind and in words."""
@@ -131,23 +143,27 @@ class Corpus:
 
     def _read(self, progress: _Progress) -> Iterator[tuple[InputFile, Document]]:
         """Each document with its file."""
-        problems = progress.problems
-        reading = Reading(self._cut, self._text_field, self._id_field, problems, progress.meter, progress.left_out)
         for file in self._found.files:
             progress.meter.begin(file.size)
-            documents, has_text, before = 0, False, problems.total
-            try:
-                for document in READERS[file.format](file, reading):
-                    documents, has_text = documents + 1, has_text or not document.is_empty
-                    yield file, document
-            except Exception as error:
-                if not is_unreadable(file, error):
-                    raise
-                read = f" to its end; {documents} documents of it were read" if documents else ""
-                problems.found("unreadable files", f"{file.place} can't be read{read}: {_reason(error)}")
-            if not has_text and problems.total == before:
-                progress.left_out.add(EMPTY, file.name)
+            for document in self._read_file(file, progress):
+                yield file, document
             progress.meter.end()
+
+    def _read_file(self, file: InputFile, progress: _Progress) -> Iterator[Document]:
+        problems = progress.problems
+        reading = Reading(self._cut, self._text_field, self._id_field, problems, progress.meter, progress.left_out)
+        documents, has_text, before = 0, False, problems.total
+        try:
+            for document in READERS[file.format](file, reading):
+                documents, has_text = documents + 1, has_text or not document.is_empty
+                yield document
+        except Exception as error:
+            if not is_unreadable(file, error):
+                raise
+            read = f" to its end; {documents} documents of it were read" if documents else ""
+            problems.found("unreadable files", f"{file.place} can't be read{read}: {_reason(error)}")
+        if not has_text and problems.total == before:
+            progress.left_out.add(EMPTY, file.name)
 
     def _require_new(self, identity: str, file: InputFile, count: int) -> None:
         """Raise :class:`CorpusError` if one of the first ``count`` documents has this very id, not only its hash."""
@@ -174,6 +190,51 @@ class Corpus:
         said = [f"{self.problems}, the first: {self.problems.first[0].removesuffix('.')}"] if self.problems.total else []
         said += [f"{self._latest.left_out} were left out"] if self.left_out else []
         return "; ".join(said) or "there are no files"
+
+
+class CorpusPortion:
+    """Documents from the beginning of one file, to be iterated once; then :attr:`bytes` says how many bytes they stand for.
+
+    ``share`` of the whole corpus (0 to 1) that the portion stands for.
+    """
+
+    def __init__(self, portion: Portion, file: InputFile, documents: Iterator[Document], meter: Meter) -> None:
+        self.share, self.bytes = portion.share, 0
+        self._limit, self._file, self._documents, self._meter = portion.limit, file, documents, meter
+
+    def __iter__(self) -> Iterator[Document]:
+        """Documents up to the portion's limit; at least one, if the file has any."""
+        self._meter.begin(self._file.size)
+        before = self._meter.total
+        given = last = 0
+        for document in self._documents:
+            read = self._meter.total - before
+            if (covered := self._covered(given, last, read)) >= self._limit and covered:
+                self.bytes = covered
+                break
+            # A text that is cut is read ahead by more than a chunk, but its pieces together are its bytes.
+            given += len((document.text or "").encode())
+            last = read
+            yield document
+        else:
+            self.bytes = self._file.size or 0
+        self._meter.leave()
+
+    def _covered(self, given: int, last: int, read: int) -> int:
+        """Bytes that the documents so far stand for, ``given`` as text; 0 where that is not known.
+
+        ``last`` were read when the last of them came, and ``read`` are now: streams are read ahead by a chunk, of which a
+        document that brings another one is the end, and rows of tables are counted after they came.
+        """
+        compressed = self._file.name.lower().endswith(COMPRESSED)
+        if self._file.format == "text" and not compressed:
+            return given
+        if read == last:
+            return 0
+        if self._file.format in ("parquet", "dataset"):
+            return read
+        # What is decompressed is read ahead once more: half a chunk of it, on average.
+        return round(last * given / (given + CHUNK / 2)) if compressed else last
 
 
 class _Progress:

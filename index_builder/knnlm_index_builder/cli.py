@@ -123,6 +123,10 @@ def build(
     loaded = source.load()
     executor = ProcessExecutor(replace(source, expected=None).load, workers) if workers > 1 else None
     resources = Resources(parse_bytes("memory", memory) if memory else total_memory() // 2, batch_size, executor)
+    if estimate:
+        from knnlm_index_builder.estimate_report import run_estimate
+
+        raise typer.Exit(run_estimate(corpus, store, loaded, settings, resources, workers=workers, append=append, as_json=json))
     try:
         with console.progress() as reporter:
             if append:

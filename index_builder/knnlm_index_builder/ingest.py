@@ -52,15 +52,20 @@ def ingest(
         return _same_corpus(CorpusReceipt(**json.loads(receipt_path.read_bytes())), corpus, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
     receipt = _write(corpus, tokenizer, vocabulary_size, folder, progress, first_token, first_serial)
-    if receipt.entries < 1:
-        raise CorpusError(
-            f"The corpus yields no entry: {receipt.documents} documents with {receipt.tokens} tokens, {receipt.empty} empty ones; "
-            "each document needs at least two tokens."
-        )
+    require_entries(receipt.documents, receipt.tokens, receipt.empty)
     for name in (TOKENS, SPANS, DOCUMENTS):
         sync_file(folder / name)
     write_atomically(receipt_path, json.dumps(asdict(receipt)).encode())
     return receipt
+
+
+def require_entries(documents: int, tokens: int, empty: int) -> None:
+    """Raise :class:`CorpusError` for a corpus that yields no entry."""
+    if tokens - documents < 1:
+        raise CorpusError(
+            f"The corpus yields no entry: {documents} documents with {tokens} tokens, {empty} empty ones; "
+            "each document needs at least two tokens."
+        )
 
 
 def was_ingested(folder: Path) -> bool:
@@ -85,7 +90,7 @@ def _write(
             token_file.write(document.ids.tobytes())
             if document.spans is not None:
                 span_file.write(document.spans.tobytes())
-            table.add(_record(document, first_token + tokens, first_serial + documents))
+            table.add(record_of(document, first_token + tokens, first_serial + documents))
             documents, tokens = documents + 1, tokens + len(document.ids)
             progress("reading bytes", corpus.bytes_read, corpus.bytes_total)
     table.close()
@@ -104,7 +109,8 @@ class _Counting:
             yield document
 
 
-def _record(tokenized: TokenizedDocument, token_start: int, serial: int) -> DocumentRecord:
+def record_of(tokenized: TokenizedDocument, token_start: int, serial: int) -> DocumentRecord:
+    """The row of a document whose tokens begin at ``token_start`` of the token stream."""
     document = tokenized.document
     text = document.text or ""
     return DocumentRecord(

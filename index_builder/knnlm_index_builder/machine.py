@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 from knnlm.console import size
@@ -20,6 +22,18 @@ def total_memory() -> int:
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
     return min([installed, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most so far."""
+    # In kilobytes, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where ``folder`` is, or would be made."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def parse_bytes(field: str, text: str) -> int:

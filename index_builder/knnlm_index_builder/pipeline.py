@@ -107,13 +107,8 @@ def append_documents(
         if model.dtype != base.model.dtype:
             raise StoreMismatch(f"The keys of {store} were computed in {base.model.dtype}, but the model computes in {model.dtype}.")
         site = Site(store, base)
-        known = json.loads((store / SETTINGS).read_bytes())
-        settings = BuildSettings(
-            index=known["index"], keys=base.key.dtype, max_length=base.windowing.max_length,
-            stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
-            split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
-        )  # fmt: skip
-        _require_same_kind(corpus, store, base)
+        settings = settings_of(store, base)
+        require_same_kind(corpus, store, base)
         digest = corpus.read_digest()
         if digest in base.appended:
             if site.begun() is None:
@@ -125,7 +120,18 @@ def append_documents(
         return _Extension(work).run(lambda made: _next_manifest(made, base, store))
 
 
-def _require_same_kind(corpus: Corpus, store: Path, base: Manifest) -> None:
+def settings_of(store: Path, base: Manifest) -> BuildSettings:
+    """Those that the store of the manifest ``base`` was built with; what is appended to it is made with them."""
+    known = json.loads((store / SETTINGS).read_bytes())
+    return BuildSettings(
+        index=known["index"], keys=base.key.dtype, max_length=base.windowing.max_length,
+        stride=base.windowing.stride, bos=base.text.bos, eos=base.text.eos,  # type: ignore[arg-type]
+        split_documents=base.text.split_documents, shard_tokens=known["shard_tokens"],
+    )  # fmt: skip
+
+
+def require_same_kind(corpus: Corpus, store: Path, base: Manifest) -> None:
+    """Raise :class:`StoreMismatch` for text that would be appended to token arrays, or the other way round."""
     if corpus.pretokenized != base.text.pretokenized:
         kinds = ("text", "token arrays")
         raise StoreMismatch(

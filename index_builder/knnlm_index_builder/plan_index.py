@@ -21,7 +21,8 @@ class IndexPlan:
 
     ``nlist``: its cells, 0 without an inverted file. ``mergeable``: it is filled in parts that are merged on disk, else
     whole in memory. ``training_points``: keys in its training sample, 0 if it needs none. ``training_bytes`` and
-    ``filling_bytes``: memory at the peak of each, upper bounds, model and keys not counted. ``disk_bytes``: of its file.
+    ``filling_bytes``: memory at the peak of each, upper bounds, model and keys not counted. ``entry_bytes``: of an entry's
+    code and number in its file; ``disk_bytes``: of the file.
     """
 
     factory: str
@@ -30,6 +31,7 @@ class IndexPlan:
     training_points: int
     training_bytes: int
     filling_bytes: int
+    entry_bytes: int
     disk_bytes: int
 
 
@@ -46,7 +48,7 @@ def plan_index(
     if factory == EXACT:
         if not keys_stored:
             raise InvalidInput("index", "'exact' searches the stored keys, but none are kept; choose IVF…,SQ8 or IVF…,RaBitQ.")
-        return IndexPlan(EXACT, 0, False, 0, 0, 0, 0)
+        return IndexPlan(EXACT, 0, False, 0, 0, 0, 0, 0)
     index = new_index(factory, dimension)
     inverted = import_faiss().try_extract_index_ivf(index)
     if inverted is not None and inverted.nlist > entries:
@@ -87,7 +89,8 @@ def _sized(factory: str, dimension: int, entries: int, index: Any, mergeable: bo
     step = min(fill_rows(dimension), filled) * FLOAT_BYTES * (dimension + COPIES * width)
     # A list that grows is copied to one of twice its size.
     filling = WORKING_BYTES + _tables(inverted) + 2 * cells + step + COPIES * filled * code
-    return IndexPlan(factory, nlist, mergeable, points, fixed + points * per_point if points else 0, filling, cells + entries * code)
+    training = fixed + points * per_point if points else 0
+    return IndexPlan(factory, nlist, mergeable, points, training, filling, code, cells + entries * code)
 
 
 def _code_size(index: Any) -> int:

@@ -82,6 +82,10 @@ class Meter:
         self._before += self._here if self._size is None else self._size
         self._here, self._size = 0, None
 
+    def leave(self) -> None:
+        """The rest of the file will not be read."""
+        self._before, self._here, self._size = self.total, 0, None
+
     def count(self, read: int) -> None:
         """That many more bytes of the file were read."""
         self._here += read
