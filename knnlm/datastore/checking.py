@@ -62,7 +62,8 @@ def left_overs(root: Path, manifest: Manifest) -> Iterator[str]:
     if not (others or unfinished) or being_written(root):
         return
     if unfinished:
-        yield f"{root / BUILD_FOLDER} is left over from an interrupted command; run that again, or delete this folder and run: knnlm compact {root}"
+        what = f"{root / BUILD_FOLDER} is left over from an interrupted command"
+        yield f"{what}; run that again, or delete this folder and run: knnlm compact {root}"
         return  # the others may be its shards
     for path in others:
         yield (
