@@ -54,13 +54,13 @@ def test_facts_of_a_store_that_nothing_was_removed_from(store: Path, show: Show,
     assert found["tokens"] == f"{counts.tokens:,}"
     assert found["entries"] == f"{counts.entries:,}, in {len(Manifest.read(store).shards)} shards"
     assert found["keys"] == "width 32, stored as float16"
-    assert found["search settings"] == "by rule, not measured"
+    assert found["search settings"] == "search/00000.json"
     assert found["audit log"] == "0 lines"
     said = as_json(capsys, store)
     size = sum(path.stat().st_size for path in (store / "index" / "00000").iterdir())
     assert said["index"]["bytes"] == size
     assert found["index"] == f"IVF4,SQ8, {size / 1000:.1f} kB ({size / counts.entries:.0f} bytes an entry)"
-    assert (said["removed"], said["search"], said["audit_log_lines"]) == ({"documents": 0, "entries": 0}, None, 0)
+    assert (said["removed"], said["search"], said["audit_log_lines"]) == ({"documents": 0, "entries": 0}, "search/00000.json", 0)
 
 
 def test_facts_after_a_removal(store: Path, show: Show, capsys: pytest.CaptureFixture[str]) -> None:

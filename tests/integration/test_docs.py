@@ -4,9 +4,10 @@ Fences of README.md, the other pages at the top and ``docs/``:
 
 - ``console``: lines that begin with ``$ `` are commands (``\\`` at the end goes on in the next line); other lines are
   output and are not compared. They run in order, in one folder for each page, that holds ``corpus/``, ``more/`` (JSON
-  lines with a ``license``), ``heldout.txt`` and ``store/`` (made of them, unless the page itself builds it). ``--model NAME`` finds a tiny model at NAME. ``knnlm
-  serve`` runs in the background until the page ends; port 50051 becomes a free one. ``make TARGET`` must be a target of
-  the Makefile and is not run here, and neither is ``knnlm demo``: ``make demo`` does.
+  lines with a ``license``), ``heldout.txt`` and ``store/`` (made of the first, unless the page itself builds it).
+  ``--model NAME`` finds a tiny model at NAME. ``knnlm serve`` runs in the background until the page ends; port 50051
+  becomes a free one. ``make TARGET`` must be a target of the Makefile and is not run here, and neither is ``knnlm
+  demo``: ``make demo`` does.
 - ``python``: blocks run in order, in one namespace for each page and the same folder, with ``STORE`` and ``MODEL`` set.
 - either with `` not-run: REASON`` after it is left out.
 - ``bash``, ``sh`` and ``shell`` are refused, so that no command escapes.
@@ -176,7 +177,8 @@ def prepared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text_folder(folder / "corpus", tiny_corpus(30))
     (folder / "heldout.txt").write_text("".join(tiny_corpus(3, seed=50)))
     (folder / "more").mkdir()
-    notes = [{"id": f"note-{n}", "text": text, "license": license} for n, (text, license) in enumerate(zip(tiny_corpus(2, 7), LICENSES))]
+    texts = tiny_corpus(len(LICENSES), seed=7)
+    notes = [{"id": f"note-{text[:9]}", "text": text, "license": license} for text, license in zip(texts, LICENSES, strict=True)]
     (folder / "more" / "notes.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
     build(folder / "corpus", folder / "store", HFLanguageModel.load(model))
     return folder
