@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -19,3 +19,10 @@ def map_array(path: Path, mode: Literal["r", "c"]) -> np.ndarray[Any, Any]:
     if not isinstance(found, np.ndarray):
         raise ValueError("it is an archive of arrays")
     return found
+
+
+def write_array(file: BinaryIO, array: np.ndarray[Any, Any]) -> None:
+    """Write ``array`` as ``np.save`` does, which says of a full disk neither that it is full nor where."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)

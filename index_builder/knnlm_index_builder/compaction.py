@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import knnlm
+from knnlm.arrays import write_array
 from knnlm.datastore.audit import log_operation
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.files import file_facts, made_aside
+from knnlm.datastore.files import file_facts, made_aside, new_file
 from knnlm.datastore.manifest import Counts, Manifest, RemovedFacts, ShardFacts
 from knnlm.datastore.reader import SPANS, TOKENS, VALUES, Datastore, ShardedRows, check_files
 from knnlm.errors import InvalidInput, StoreError
@@ -187,4 +188,5 @@ class _Compaction:
 
 
 def _save(path: Path, stored: ShardedRows, rows: IntArray) -> None:
-    np.save(path, stored.gather(torch.from_numpy(rows)).numpy())
+    with new_file(path) as file:
+        write_array(file, stored.gather(torch.from_numpy(rows)).numpy())

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from knnlm.arrays import write_array
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.files import FileFacts, file_facts, made_aside, read_json_with_checksum, write_json_with_checksum
+from knnlm.datastore.files import FileFacts, file_facts, made_aside, new_file, read_json_with_checksum, write_json_with_checksum
 from knnlm.datastore.manifest import RECEIPT, ShardFacts
 from knnlm.datastore.reader import SPANS, TOKENS, VALUES
 from knnlm.errors import KeyOverflow, NonFiniteKey
@@ -143,7 +144,8 @@ def _write_text(descriptor: ShardDescriptor, documents: DocumentTable, folder: P
     firsts = documents.token_starts[(documents.token_starts >= start) & (documents.token_starts < stop)]
     for name, array in ((TOKENS, tokens), (VALUES, np.delete(tokens, firsts - start)), (SPANS, spans)):
         if array is not None:
-            np.save(folder / name, array)
+            with new_file(folder / name) as file:
+                write_array(file, array)
 
 
 def read_receipt(folder: Path) -> ShardReceipt | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm.arrays import map_array
+from knnlm.arrays import map_array, write_array
 from knnlm.datastore.documents import DocumentTable
 from knnlm.datastore.files import FileFacts, file_facts, written_aside
 from knnlm.datastore.manifest import ShardFacts
@@ -208,4 +208,4 @@ def stored_keys(store: Path, shards: Sequence[ShardFacts]) -> ShardedRows:
 
 def _save(path: Path, array: np.ndarray[Any, Any]) -> None:
     with written_aside(path) as file:
-        np.save(file, array)
+        write_array(file, array)

@@ -12,7 +12,7 @@ import numpy as np
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.documents import DocumentRecord, DocumentWriter
-from knnlm.datastore.files import named, sync_file, write_atomically
+from knnlm.datastore.files import named, new_file, sync_file, write_atomically
 from knnlm.errors import CorpusError, StoreDamaged
 from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
@@ -80,9 +80,10 @@ def _write(
     documents = tokens = 0
     table = DocumentWriter(folder / DOCUMENTS)
     counting = _Counting(corpus)
-    with named(folder / TOKENS), (folder / TOKENS).open("wb") as token_file, (folder / SPANS).open("wb") as span_file:
+    with new_file(folder / TOKENS) as token_file, new_file(folder / SPANS) as span_file:
         for document in tokenize(counting, tokenizer, vocabulary_size):
-            token_file.write(document.ids.tobytes())
+            with named(folder / TOKENS):
+                token_file.write(document.ids.tobytes())
             if document.spans is not None:
                 span_file.write(document.spans.tobytes())
             table.add(_record(document, first_token + tokens, first_serial + documents))

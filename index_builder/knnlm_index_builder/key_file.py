@@ -45,7 +45,8 @@ class KeyFile:
 
     def pieces(self, first: int) -> Iterator[tuple[int, Tensor]]:
         """All rows in order, in pieces: (``first`` + number of the piece's first row, float32 [n, dimension])."""
-        self._file.flush()
+        with named(self._path):
+            self._file.flush()
         for start in range(0, self._entries, PIECE_ROWS):
             count = min(PIECE_ROWS, self._entries - start)
             self._file.seek(self._head + start * self._dimension * self._dtype.itemsize)

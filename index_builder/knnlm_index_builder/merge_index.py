@@ -6,9 +6,7 @@ is a file of inverted lists alone. Memory does not grow with what is merged.
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +14,11 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from knnlm.datastore.files import made_aside, written_aside
+from knnlm.datastore.files import made_aside, new_file, written_aside
 from knnlm.errors import StoreDamaged
 from knnlm.index import EXACT, INDEX_FILE, IndexFacts, import_faiss, read_index_facts, read_index_file, write_index_facts
 from knnlm.inverted_lists import ID_BYTES, PIECE_BYTES, Bytes, InvertedLists, Sizes, lists_head, without_lists
+from knnlm_index_builder.machine import require_free
 from knnlm_index_builder.train_index import write_index
 
 Kept = np.ndarray[Any, np.dtype[np.bool_]]
@@ -134,24 +133,19 @@ def merge_parts(trained: Path, parts: Sequence[Path], folder: Path) -> IndexFact
             )
     lists = Joined(sources)
     index.ntotal = inverted.ntotal = int(lists.sizes.sum())
-    _require_space(folder, (trained / INDEX_FILE).stat().st_size + 16 * inverted.nlist + index.ntotal * (inverted.code_size + ID_BYTES))
+    # A scratch copy of the parts is given back only after the merge, so nothing becomes free on the way.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = (trained / INDEX_FILE).stat().st_size + 16 * inverted.nlist + index.ntotal * (inverted.code_size + ID_BYTES)
+    require_free(folder.parent, needed, "the index")
     facts = replace(read_index_facts(trained), entries=index.ntotal)
     with made_aside(folder) as aside:
-        with (aside / INDEX_FILE).open("wb") as file:
+        with new_file(aside / INDEX_FILE) as file:
             import_faiss().write_index(index, import_faiss().PyCallbackIOWriter(file.write))
             # FAISS wrote empty lists; the full ones take their place.
             file.seek(-len(lists_head(np.zeros_like(lists.sizes), inverted.code_size)), os.SEEK_CUR)
             write_lists(lists, file)
         write_index_facts(aside, facts)
     return facts
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    # A scratch copy of the parts is given back only after the merge, so nothing becomes free on the way.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"The index takes {needed} bytes, but only {free} are free on the disk", str(folder))
 
 
 def filter_part(folder: Path, kept: Kept, path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm.datastore.files import made_aside
+from knnlm.datastore.files import made_aside, new_file
 from knnlm.errors import IndexingError, InvalidInput, NonFiniteKey
 from knnlm.index import INDEX_FILE, IndexFacts, faiss_said, import_faiss, write_index_facts
 from knnlm.inverted_lists import lists_start
@@ -216,7 +216,7 @@ def require_finite(rows: Floats, first: int | None) -> None:
 def write_index(index: Any, facts: IndexFacts, folder: Path) -> None:
     """Write a FAISS index and its facts to ``folder``, whole or not at all."""
     with made_aside(folder) as aside:
-        with (aside / INDEX_FILE).open("wb") as file:
+        with new_file(aside / INDEX_FILE) as file:
             # Through a file of our own: FAISS's loses the end on a full disk and only prints a line.
             import_faiss().write_index(index, import_faiss().PyCallbackIOWriter(file.write))
         write_index_facts(aside, facts)

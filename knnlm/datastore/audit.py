@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import knnlm
-from knnlm.datastore.files import FileFacts, file_facts, sync_folder
+from knnlm.datastore.files import FileFacts, file_facts, named, sync_folder
 from knnlm.datastore.manifest import Manifest
 
 AUDIT_LOG = "audit.log"
@@ -31,7 +31,7 @@ def log_operation(store: Path, manifest: Manifest, operation: str, **facts: Any)
     }
     path = store / AUDIT_LOG
     new = not path.exists()
-    with path.open("ab+") as file:
+    with named(path), path.open("ab+") as file:
         file.write(_line_end(file) + json.dumps(line, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
+from knnlm.datastore.files import named
 from knnlm.errors import StoreDamaged
 
 SCHEMA = pa.schema(
@@ -55,7 +56,7 @@ class DocumentWriter:
     """Writes the table row by row in batches, so memory does not grow with the corpus."""
 
     def __init__(self, path: Path, batch: int = ROWS_AT_ONCE) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
+        self._path, self._sink = path, pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
         self._rows: list[dict[str, Any]] = []
         self._batch = batch
@@ -69,12 +70,15 @@ class DocumentWriter:
     def close(self) -> None:
         """Write the rest and the table's end."""
         self._flush()
-        self._writer.close()
-        self._sink.close()
+        with named(self._path):
+            self._writer.close()
+            self._sink.close()
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA))
+            batch = pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA)
+            with named(self._path):
+                self._writer.write_batch(batch)
             self._rows.clear()
 
 
@@ -139,7 +143,7 @@ class DocumentTable:
 
     def write_rows(self, rows: np.ndarray[Any, np.dtype[np.int64]], path: Path) -> None:
         """Write the documents ``rows`` (ascending) as a table of their own at ``path``, their tokens one after another."""
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with named(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             token_start = 0
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 part = self._table.take(rows[first : first + ROWS_AT_ONCE]).combine_chunks()

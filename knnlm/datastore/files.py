@@ -46,12 +46,19 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes its place at ``path`` when the block ends, whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    with named(aside), aside.open("wb") as file:
+    with new_file(aside) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, in a folder that is made aside; an OSError names it."""
+    with named(path), path.open("wb") as file:
+        yield file
 
 
 @contextmanager
@@ -111,12 +118,12 @@ def file_facts(path: Path, most: int | None = None) -> FileFacts:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Give an OSError that says of no file (a write to a full disk) the name of this one."""
+    """Give an OSError that says of no file (a write to a full disk) the name of this one, and the system's words."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from knnlm.arrays import map_array
+from knnlm.arrays import map_array, write_array
 from knnlm.datastore.documents import DocumentTable
-from knnlm.datastore.files import write_atomically
+from knnlm.datastore.files import written_aside
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import StoreDamaged
 
@@ -29,9 +28,8 @@ class Tombstones:
 
 def write_serials(path: Path, serials: Serials) -> None:
     """Write a tombstone file whole or not at all; durable when this returns."""
-    content = io.BytesIO()
-    np.save(content, serials)
-    write_atomically(path, content.getvalue())
+    with written_aside(path) as file:
+        write_array(file, serials)
 
 
 def read_serials(path: Path) -> Serials:

@@ -96,10 +96,12 @@ class Steps:
             path, _, flags = arguments
             if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(self._store):
                 self.take("open")
-        elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-            # shutil.rmtree names files within a folder that it holds open.
-            if str(arguments[0]).startswith(self._store) or (event in ("os.remove", "os.rmdir") and arguments[1] != -1):
-                self.take(event)
+        elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") and self._is_within(event, *arguments[:2]):
+            self.take(event)
+
+    def _is_within(self, event: str, path: Any, folder: Any) -> bool:
+        # shutil.rmtree names files within a folder that it holds open.
+        return str(path).startswith(self._store) or (event in ("os.remove", "os.rmdir") and folder != -1)
 
 
 def _count(steps: Steps) -> None:

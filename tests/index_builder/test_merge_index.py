@@ -203,9 +203,9 @@ def test_a_merge_that_does_not_fit_on_the_disk_is_refused_before_it_writes(tmp_p
     size = (tmp_path / "index" / INDEX_FILE).stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
-    with pytest.raises(OSError, match=rf"takes \d+ bytes, but only {size // 2} are free") as refused:
+    with pytest.raises(OSError, match=r"No space left for the index: it needs .*, and .* are free") as refused:
         merge_parts(index, parts, tmp_path / "other")
-    assert refused.value.filename == str(tmp_path / "other")
+    assert refused.value.filename == str(tmp_path)
     assert not list(tmp_path.glob("other*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size + 1000))
     merge_parts(index, parts, tmp_path / "other")
