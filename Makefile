@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test setup lint bench docs clean
+.PHONY: demo test crash-test setup lint bench docs clean
 
 demo: setup
 	$(BIN)/knnlm demo
 
 test: setup
 	$(BIN)/pytest
+
+# Crashes and kills of builds, ten times as many as `make test` has.
+crash-test: setup
+	$(BIN)/pytest tests/index_builder/test_crashes.py tests/index_builder/test_kills.py --crashes 10
 
 setup: $(STAMP)
 

@@ -67,9 +67,9 @@ class ProcessExecutor:
         workers = min(self._workers, len(descriptors))
         threads = max(1, torch.get_num_threads() // workers)
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(self._load, threads, shared)) as pool:
-            with _interrupts_ignored():
-                pending = {pool.submit(_work, descriptor) for descriptor in descriptors}
             try:
+                with _interrupts_held():
+                    pending = {pool.submit(_work, descriptor) for descriptor in descriptors}
                 yield from _results(pending, shared, progress)
             except BrokenProcessPool:
                 raise WorkerLost(
@@ -101,16 +101,14 @@ def _results(pending: set[Future[ShardReceipt]], shared: _Shared, progress: Call
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started meanwhile leave Ctrl-C to this one, from their first instruction on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile leave Ctrl-C to this one, from their first instruction on; one that comes meanwhile is
+    dealt with afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stopped(Exception):
