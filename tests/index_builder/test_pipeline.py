@@ -5,10 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from knnlm import index
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.reader import Datastore
-from knnlm.errors import CorpusError, InvalidInput, KNNLMError, NonFiniteKey, StoreError, StoreIncomplete, StoreLocked, StoreMismatch
+from knnlm.errors import CorpusError, InvalidInput, KNNLMError, NonFiniteKey, StoreError, StoreIncomplete, StoreMismatch
 from knnlm.model import HFLanguageModel, ModelOutput
-from knnlm_index_builder import ingest, pipeline
-from tests.stores import build, command, contents, environment, text_folder, token_folder
+from knnlm_index_builder import build_index, index_stage, ingest, pipeline, search_stage, site
+from tests.stores import build, contents, text_folder, token_folder
 from tests.tiny import tiny_corpus
 
 SETTINGS: dict[str, Any] = {"index": "IVF4,SQ8", "shard_tokens": 250, "max_length": 16}
@@ -73,9 +68,6 @@ def one_thread() -> Iterator[None]:
     faiss.omp_set_num_threads(before[1])
 
 
-EXACT_SETTINGS: dict[str, Any] = {**SETTINGS, "keys": "float32"}
-
-
 @pytest.fixture(scope="module")
 def eager(tiny_gpt2_path: Path) -> HFLanguageModel:
     """The fused attention of torch gives odd lengths other last bits with other threads where a head has 8 dimensions,
@@ -84,28 +76,35 @@ def eager(tiny_gpt2_path: Path) -> HFLanguageModel:
 
 
 @pytest.fixture(scope="module")
-def expected_exactly(corpus: Path, eager: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files with keys in full precision, so that no last bit is lost."""
-    store = tmp_path_factory.mktemp("expected") / "store"
-    build(corpus, store, eager, **EXACT_SETTINGS)
-    return contents(store, receipts=False)
+def expected_exactly(corpus: Path, eager: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """The files with keys in full precision, so that no last bit is lost, and with keys in the index alone."""
+    found = {}
+    for keys in ("float32", "none"):
+        store = tmp_path_factory.mktemp("expected") / "store"
+        build(corpus, store, eager, **{**SETTINGS, "keys": keys})
+        found[keys] = contents(store, receipts=False)
+    return found
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 20, 100, 100_000])
 @pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
+@pytest.mark.parametrize(
+    ("keys", "batch_tokens"), [("float32", 1), ("float32", 20), ("float32", 100), ("float32", 100_000), ("none", 1), ("none", 100_000)]
+)
 def test_neither_batch_size_nor_threads_change_a_byte(
+    keys: str,
     batch_tokens: int,
     threads: str,
     corpus: Path,
     eager: HFLanguageModel,
-    expected_exactly: dict[str, bytes],
+    expected_exactly: dict[str, dict[str, bytes]],
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
     request.getfixturevalue(threads)
-    build(corpus, tmp_path / "store", eager, batch_tokens=batch_tokens, **EXACT_SETTINGS)
+    build(corpus, tmp_path / "store", eager, batch_tokens=batch_tokens, **{**SETTINGS, "keys": keys})
+    assert expected_exactly[keys].keys() >= {"index/00000/index.faiss", "search/00000.json", "manifest.json"}
     # Receipts say how a shard was made; no fact of the store rests on them.
-    assert differing(contents(tmp_path / "store", receipts=False), expected_exactly) == []
+    assert differing(contents(tmp_path / "store", receipts=False), expected_exactly[keys]) == []
 
 
 def test_a_receipt_says_how_a_shard_was_made(corpus: Path, gpt2: HFLanguageModel, tmp_path: Path) -> None:
@@ -180,9 +179,13 @@ def test_finished_shards_are_not_made_again(corpus: Path, gpt2: HFLanguageModel,
         pytest.param(ingest, "_record", 3, id="reading"),
         pytest.param(ingest, "write_atomically", 1, id="before the corpus receipt"),
         pytest.param(pipeline, "plan_shards", 1, id="before the first shard"),
-        pytest.param(pipeline, "build_index", 1, id="before the index"),
-        pytest.param(pipeline, "write_atomically", 2, id="before the document table"),
-        pytest.param(pipeline, "file_facts", 2, id="before the manifest"),
+        pytest.param(index_stage, "build_index", 1, id="before the index"),
+        pytest.param(build_index, "train", 1, id="before training"),
+        pytest.param(build_index, "fill_part", 3, id="before the third part of the index"),
+        pytest.param(build_index, "merge_parts", 1, id="before the index is put together"),
+        pytest.param(site.shutil, "copyfile", 1, id="before the document table"),
+        pytest.param(search_stage, "write_search", 1, id="before search settings"),
+        pytest.param(pipeline, "check_files", 1, id="before the manifest"),
     ],
 )
 def test_killed_between_stages(
@@ -207,14 +210,14 @@ def test_killed_between_stages(
 def test_killed_while_the_index_is_trained_and_filled(
     steps: int, corpus: Path, gpt2: HFLanguageModel, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = index.build_index
+    real = index_stage.build_index
 
     def stopping(*arguments: Any, **options: Any) -> Iterator[tuple[str, int, int]]:
         yield from itertools.islice(real(*arguments, **options), steps)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_index", stopping)
+        patch.setattr(index_stage, "build_index", stopping)
         interrupt(corpus, tmp_path / "store", gpt2)
     build(corpus, tmp_path / "store", gpt2, **SETTINGS)
     assert differing(contents(tmp_path / "store"), expected) == []
@@ -245,42 +248,6 @@ def test_killed_at_each_write_to_disk(
     assert done
     assert allowed > 5
     assert differing(contents(store), expected) == []
-
-
-def test_sigkill_of_a_real_build_and_a_second_one_at_once(corpus: Path, gpt2: HFLanguageModel, tmp_path: Path) -> None:
-    many = text_folder(tmp_path / "many", tiny_corpus(200, seed=5))
-    options: dict[str, Any] = {"index": "IVF4,SQ8", "shard_tokens": 2_000, "max_length": 16}
-    store = tmp_path / "store"
-    line = ["build", str(many), "--model", gpt2.name, "--store", str(store), "--batch-size", "1"]
-    line += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    first = subprocess.Popen([sys.executable, "-m", "knnlm", *line], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
-    try:
-        wait_for(store / "shards" / "00001" / "receipt.json", first)
-        first.send_signal(signal.SIGSTOP)
-        with pytest.raises(StoreLocked, match="Another build is writing"):
-            build(many, store, gpt2, batch_tokens=1, **options)
-    finally:
-        first.kill()
-        first.communicate()
-    assert first.returncode == -signal.SIGKILL
-    finished = {path: path.stat().st_mtime_ns for path in store.glob("shards/*/receipt.json")}
-    assert finished
-    with pytest.raises(StoreIncomplete):
-        Datastore.open(store)
-    again = command(*line, "--json")
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    build(many, tmp_path / "undisturbed", gpt2, batch_tokens=1, **options)
-    assert differing(contents(store), contents(tmp_path / "undisturbed")) == []
-    assert json.loads(again.stdout)["fingerprint"] == Manifest.read(tmp_path / "undisturbed").fingerprint
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_complete_store_is_left_as_it_is(corpus: Path, gpt2: HFLanguageModel, tmp_path: Path) -> None:
