@@ -1,1 +1,4 @@
-"""Speed of the product against bare floors, side by side in one run, printed as ratios. No test depends on a time."""
+"""What the product costs, side by side with bare floors in one run, printed as ratios; docs/benchmarks.md says what each is.
+
+No test depends on a time.
+"""

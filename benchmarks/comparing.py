@@ -3,47 +3,72 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.inputs import Inputs
+from benchmarks.reports import print_facts
 from benchmarks.rounds import interleave
+from benchmarks.session import Session
 from knnlm.evaluation.compare import compare
 from knnlm.index import FaissIndex
 from knnlm.opening import OpenedKNNLM
+from knnlm.tokenized import TokenizedDocument
 from knnlm.windows import PlacedWindow, length_batches, windows
 
 TOKENS = 8_192
 BATCH_TOKENS = 2048
 
+Batch = tuple[Tensor, list[np.ndarray[tuple[int], np.dtype[np.int64]]]]
 
-def run(inputs: Inputs, opened: OpenedKNNLM, rounds: int) -> dict[str, float]:
-    """Ratio of scored tokens per second, wall and CPU; at least 0.7 is asked for."""
-    knn_lm, store = opened.knn_lm, opened.store
-    held, total = [], 0
-    for document in opened.read(opened.corpus(inputs.held_out)):
-        held.append(document)
-        total += len(document.ids) - 1
-        if total >= TOKENS:
-            break
-    placed = [PlacedWindow(w, number, 0) for number, d in enumerate(held) for w in windows(len(d.ids), store.manifest.windowing)]
+
+def run(session: Session) -> None:
+    """Ratio of scored tokens per second, wall and CPU."""
+    opened, inputs = session.opened, session.inputs
+    held = inputs.held_out(TOKENS)
+    total = sum(len(document.ids) - 1 for document in held)
+    contestants = {"bare": _bare(opened, held), "compare": lambda: compare(opened.knn_lm, opened.store, held)}
+    timings = interleave(contestants, session.options.rounds)
+    bare, whole = timings["bare"], timings["compare"]
+    print_facts(
+        f"comparing: {len(opened.store):,} entries, {opened.knn_lm.retriever.index.description}",
+        {
+            "scored tokens": total,
+            "k": opened.knn_lm.mixture.k,
+            "bare forward + search + re-ranking, tokens/s": total / bare.wall,
+            "compare, tokens/s": total / whole.wall,
+            "ratio, wall (asked: 0.7)": bare.wall / whole.wall,
+            "ratio, CPU": bare.cpu / whole.cpu,
+        },
+    )
+
+
+def _batches(opened: OpenedKNNLM, held: list[TokenizedDocument]) -> list[Batch]:
+    """Tokens [windows, length] of each forward pass, and of each window the columns that predict its targets."""
+    windowing = opened.store.manifest.windowing
+    placed = [PlacedWindow(w, number, 0) for number, document in enumerate(held) for w in windows(len(document.ids), windowing)]
     batches = []
     for batch in length_batches(placed, BATCH_TOKENS):
         stacked = np.stack([held[w.origin].ids[w.window.start : w.window.end - 1] for w in batch]).astype(np.int64)
         columns = [np.arange(w.window.input_length - w.window.target_count, w.window.input_length) for w in batch]
-        batches.append((torch.from_numpy(stacked), max(map(len, columns)), columns))
-    k = knn_lm.mixture.k
-    setting = knn_lm.retriever.settings.for_k(k)
-    count = math.ceil(setting.overfetch * k)
-    index = knn_lm.retriever.index
+        batches.append((torch.from_numpy(stacked), columns))
+    return batches
+
+
+def _bare(opened: OpenedKNNLM, held: list[TokenizedDocument]) -> Callable[[], None]:
+    batches, k, retriever = _batches(opened, held), opened.knn_lm.mixture.k, opened.knn_lm.retriever
+    setting, index, stored = retriever.settings.for_k(k), retriever.index, opened.store.keys
     assert isinstance(index, FaissIndex)
-    keys = torch.cat([piece for _, piece in store.keys.chunks(1 << 20)])
-    raw, parameters, model = index._index, index._parameters(setting.probes, None), opened.model
+    assert stored is not None
+    count, raw, parameters = math.ceil(setting.overfetch * k), index._index, index._parameters(setting.probes, None)
+    keys = torch.cat([piece for _, piece in stored.chunks(1 << 20)])
 
     def bare() -> None:
-        for tokens, widest, columns in batches:
-            out = model.forward(tokens, columns=torch.arange(tokens.shape[1] - widest, tokens.shape[1]))
+        for tokens, columns in batches:
+            widest = max(map(len, columns))
+            out = opened.model.forward(tokens, columns=torch.arange(tokens.shape[1] - widest, tokens.shape[1]))
             assert out.logits is not None
             out.logits.log_softmax(-1)
             queries = torch.cat([row[torch.from_numpy(c)] for row, c in zip(out.keys, columns, strict=True)])
@@ -52,12 +77,4 @@ def run(inputs: Inputs, opened: OpenedKNNLM, rounds: int) -> dict[str, float]:
                 candidates = keys[found.clamp(min=0).flatten()].float().view(len(part), count, -1)
                 (candidates - part[:, None]).square().sum(2).topk(k, largest=False)
 
-    timings = interleave({"bare": bare, "compare": lambda: compare(knn_lm, store, held)}, rounds)
-    return {
-        "scored tokens": total,
-        "k": k,
-        "bare forward + search + re-ranking, tokens/s": total / timings["bare"].wall,
-        "compare, tokens/s": total / timings["compare"].wall,
-        "ratio, wall (asked: 0.7)": timings["bare"].wall / timings["compare"].wall,
-        "ratio, CPU": timings["bare"].cpu / timings["compare"].cpu,
-    }
+    return bare

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds of one contestant: wall and CPU seconds (all threads of this process)."""
+    """Seconds of one contestant, by the clock and of CPU (all threads of this process)."""
 
     wall: float
     cpu: float
 
 
-def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: bool = True) -> dict[str, Timing]:
-    """Run all contestants in turn, ``rounds`` times, after one turn that does not count."""
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+def timed(run: Callable[[], object]) -> Timing:
+    """Run once."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
+    """Run all contestants in turn, ``rounds`` times, after one turn that does not count (``warm_up``); medians of each."""
+    measured: dict[str, list[Timing]] = {name: [] for name in contestants}
     for turn in range(rounds + warm_up):
         for name, run in contestants.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            timing = timed(run)
             if turn >= warm_up:
-                measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        name: Timing(statistics.median(wall for wall, _ in pairs), statistics.median(cpu for _, cpu in pairs))
-        for name, pairs in measured.items()
-    }
+                measured[name].append(timing)
+    return {name: _median(timings) for name, timings in measured.items()}
+
+
+def _median(timings: list[Timing]) -> Timing:
+    return Timing(statistics.median(timing.wall for timing in timings), statistics.median(timing.cpu for timing in timings))
