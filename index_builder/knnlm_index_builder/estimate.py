@@ -24,7 +24,7 @@ from knnlm_index_builder.misfits import misfits
 from knnlm_index_builder.needs import DiskNeed, MemoryNeed, Task, disk_need, memory_need
 from knnlm_index_builder.plan_index import IndexPlan, plan_index
 from knnlm_index_builder.progress import Progress
-from knnlm_index_builder.settings import BuildSettings, Resources
+from knnlm_index_builder.settings import BuildSettings, Resources, with_advice
 from knnlm_index_builder.speed import comparison_rate, encoding_rate
 from knnlm_index_builder.train_index import choose_factory
 
@@ -89,7 +89,7 @@ def estimate_build(
         shards = -(-size.tokens // settings.shard_tokens)
         used = min(workers, shards)
         progress.update("measuring the model", 0, None)
-        keys, rate = _encoding(model, folder, windowing, settings, resources.batch(model), used)
+        keys, rate = _encoding(model, folder, windowing, settings, resources.batch(model), used, store if base else None)
     task = Task(
         size, entries, shards, settings.shard_tokens, used, keys, model.key_dimension, plan, spans=not corpus.pretokenized, base=base
     )
@@ -125,7 +125,13 @@ def _planned(
 
 
 def _encoding(
-    model: LanguageModel, folder: Path, windowing: Windowing, settings: BuildSettings, batch_tokens: int, workers: int
+    model: LanguageModel,
+    folder: Path,
+    windowing: Windowing,
+    settings: BuildSettings,
+    batch_tokens: int,
+    workers: int,
+    extended: Path | None,
 ) -> tuple[str, float]:
     """In what keys would be stored, and how many entries all workers encode in a second."""
     on_cpu = model.device.type == "cpu"
@@ -138,9 +144,9 @@ def _encoding(
 
     try:
         return settings.keys, rate(settings.keys)
-    except KeyOverflow:
+    except KeyOverflow as overflow:
         if settings.on_overflow == "stop":
-            raise
+            raise with_advice(overflow, extended) from None
         return settings.on_overflow, rate(settings.on_overflow)
 
 

@@ -31,7 +31,7 @@ from knnlm_index_builder.ingest import DOCUMENTS, CorpusReceipt, IngestedCorpus,
 from knnlm_index_builder.plan import require_same
 from knnlm_index_builder.progress import Meter, Progress
 from knnlm_index_builder.search_stage import choose_search
-from knnlm_index_builder.settings import BuildSettings, Resources
+from knnlm_index_builder.settings import BuildSettings, Resources, with_advice
 from knnlm_index_builder.site import SETTINGS, Site, as_json, held, is_complete, next_name, now, shard_files
 
 KEY_DTYPE = "key-dtype"
@@ -236,14 +236,9 @@ class _Extension:
             return self._encode(index, key_dtype, receipt), key_dtype
         except KeyOverflow as overflow:
             if settings.on_overflow == "stop":
-                raise KeyOverflow(f"{overflow}; {self._advice_on_overflow()}") from None
+                raise with_advice(overflow, self._site.store if self._site.base else None) from None
         write_atomically(marker, settings.on_overflow.encode())
         return self._encode(index, settings.on_overflow, receipt), settings.on_overflow
-
-    def _advice_on_overflow(self) -> str:
-        if self._site.base is None:
-            return "build with --keys float32, or with --on-overflow float32 to go over to it when it happens."
-        return f"{self._site.store} keeps its keys as float16, so leave this document out, or build all anew with --keys float32."
 
     def _encode(self, index: IndexStage, key_dtype: str, corpus: CorpusReceipt) -> list[ShardReceipt]:
         work, folder = self._work, self._site.store / "shards"

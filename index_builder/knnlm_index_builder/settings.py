@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from knnlm.errors import InvalidInput
+from knnlm.errors import InvalidInput, KeyOverflow
 from knnlm.model import LanguageModel
 from knnlm.tokenization import BosMode
 from knnlm.windows import Windowing
@@ -60,6 +61,14 @@ class BuildSettings:
             "max_length": windowing.max_length,
             "stride": windowing.stride,
         }
+
+
+def with_advice(overflow: KeyOverflow, extended: Path | None) -> KeyOverflow:
+    """The same error with what to do: about a new store, or about the one at ``extended`` that is appended to."""
+    advice = "build with --keys float32, or with --on-overflow float32 to go over to it when it happens."
+    if extended is not None:
+        advice = f"{extended} keeps its keys as float16, so leave this document out, or build all anew with --keys float32."
+    return KeyOverflow(f"{overflow}; {advice}")
 
 
 @dataclass(frozen=True)
