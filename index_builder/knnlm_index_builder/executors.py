@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -103,12 +104,24 @@ def _results(pending: set[Future[ShardReceipt]], shared: _Shared, progress: Call
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Processes started meanwhile leave Ctrl-C to this one, from their first instruction on; one that comes meanwhile is
-    dealt with afterwards."""
+    dealt with afterwards.
+
+    Blocking the signal is for them, who inherit that. Here it is not enough: another thread may receive it, and Python
+    then interrupts the main thread all the same, which may be telling a new process what to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(*came[0])
 
 
 class _Stopped(Exception):

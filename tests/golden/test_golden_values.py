@@ -85,9 +85,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             into[batch.rows] = found
     yield Run(case, key, opened, torch.from_numpy(tokens[1:].astype(np.int64)), lm, neighbors)
     # 270 MB each.
-    for file in (store / "shards").rglob("keys.npy"):
+    for file in [*store.rglob("keys.npy"), *store.rglob("*.faiss")]:
         file.unlink()
-    (store / "index" / "index.faiss").unlink()
 
 
 @pytest.fixture
