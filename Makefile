@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/knnlm demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadscope
 
 # Crashes and kills of builds, ten times as many as `make test` has.
 crash-test: setup

@@ -49,8 +49,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: with BOS where documents have it, never with EOS."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids = self.encode_plain(text)
         return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without any special token."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[Encoding]:
         """Token ids and character spans of documents, with BOS and EOS as set."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from grpc_tools import protoc  # type: ignore[import-untyped]
+import grpc_tools  # type: ignore[import-untyped]
+from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "knnlm_server/pb"
@@ -20,9 +21,12 @@ def generate(folder: Path) -> list[Path]:
 
     Raises RuntimeError where protoc refuses a file; it has printed why.
     """
-    sources = sorted((ROOT / "protos" / "knnlm" / "v1").glob("*.proto"))
+    folders = [ROOT / "protos" / "knnlm" / "v1", ROOT / "protos" / "knnlm" / "admin" / "v1"]
+    sources = sorted(source for found in folders for source in found.glob("*.proto"))
     outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-    arguments = ["protoc", f"-I{PACKAGE}={ROOT / 'protos' / 'knnlm' / 'v1'}", *outputs, *(f"{PACKAGE}/{source.name}" for source in sources)]
+    paths = [f"-I{PACKAGE}={found}" for found in folders]
+    included = Path(grpc_tools.__file__).parent / "_proto"
+    arguments = ["protoc", *paths, f"-I{included}", *outputs, *(f"{PACKAGE}/{source.name}" for source in sources)]
     if protoc.main(arguments) != 0:
         raise RuntimeError("protoc failed")
     return [folder / PACKAGE / f"{source.stem}{ending}" for source in sources for ending in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")]

@@ -20,9 +20,10 @@ from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
 from knnlm.tokenization import TextTokenizer
-from knnlm_server.engine import DecodingEngine, Output, failed
-from knnlm_server.errors import ShuttingDown
+from knnlm_server.engine import DecodingEngine, Output
+from knnlm_server.errors import EngineFailed, ShuttingDown
 from knnlm_server.sequence import (
+    DatastoreInfo,
     FinishEvent,
     GenerationRequest,
     Limits,
@@ -127,7 +128,7 @@ class AsyncEngine:
                 self._tell([(request_id, error)])
             except Exception as error:  # it ends this request alone
                 logger.exception("request %s failed", request_id)
-                self._tell([(request_id, failed(error))])
+                self._tell([(request_id, EngineFailed.of(error))])
 
         with self._door:
             if not self._open:
@@ -190,7 +191,7 @@ class AsyncEngine:
 
     def _warm_up(self, engine: DecodingEngine) -> None:
         """Two tokens for a short prompt: every part runs once before the first request."""
-        retrieval = self._info.default_retrieval
+        retrieval = self._info.datastores[0].default_retrieval
         engine.add(
             GenerationRequest(
                 "warm-up", (0, 0), SamplingParams(temperature=0.0), StoppingParams(max_new_tokens=2, ignore_eos=True), retrieval
@@ -247,20 +248,25 @@ def _context(model: HFLanguageModel, context: int | None) -> int:
 
 def _info(opened: OpenedKNNLM, limits: Limits) -> ServerInfo:
     manifest, mixture = opened.store.manifest, opened.knn_lm.mixture
+    datastore = DatastoreInfo(
+        name="default",
+        fingerprint=manifest.fingerprint,
+        entries=manifest.live_entries,
+        documents=manifest.live_documents,
+        index=opened.knn_lm.retriever.index.description,
+        key_layer=f"{manifest.key.layer.kind} ({manifest.key.layer.module})",
+        key_dimension=manifest.key.dimension,
+        distance=opened.knn_lm.retriever.distance,
+        default_retrieval=RetrievalParams(mixture.weight, mixture.k, mixture.temperature),
+        defaults_source=opened.mixture_source,
+    )
     return ServerInfo(
         version=knnlm.__version__,
         model=opened.model.name,
         model_fingerprint=manifest.model.fingerprint.weights,
         tokenizer_fingerprint=manifest.model.fingerprint.tokenizer,
         vocabulary_size=manifest.model.vocabulary_size,
-        key_layer=f"{manifest.key.layer.kind} ({manifest.key.layer.module})",
-        key_dimension=manifest.key.dimension,
-        store_fingerprint=manifest.fingerprint,
-        entries=manifest.live_entries,
-        documents=manifest.live_documents,
-        index=opened.knn_lm.retriever.index.description,
-        default_retrieval=RetrievalParams(mixture.weight, mixture.k, mixture.temperature),
-        defaults_source=opened.mixture_source,
+        datastores=(datastore,),
         limits=limits,
         settings={"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention},
     )

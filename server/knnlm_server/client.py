@@ -30,7 +30,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from knnlm.errors import InvalidInput, KNNLMError
-from knnlm_server.converters import read_finish, read_server_info, read_token
+from knnlm_server.converters import read_completion, read_finish, read_server_info, read_token
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
 from knnlm_server.sequence import FinishEvent, FinishReason, ScoreResult, ServerInfo, TokenEvent
@@ -368,9 +368,8 @@ def _event(response: pb.StreamGenerateResponse) -> TokenEvent | FinishEvent:
 
 
 def _completion(response: pb.GenerateResponse) -> Completion:
-    finish = read_finish(response)
-    tokens = tuple(read_token(token) for token in response.tokens)
-    return Completion(finish.text, tokens, finish.reason, finish.prompt_tokens, finish.completion_tokens)
+    tokens, finish = read_completion(response.completions[0], response.prompt_tokens)
+    return Completion(finish.text, tuple(tokens), finish.reason, finish.prompt_tokens, finish.completion_tokens)
 
 
 def _scored(response: pb.ScoreResponse) -> ScoredTokens:

@@ -7,9 +7,7 @@ are the same mechanism: each row of the slot cache brings any number of new toke
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,32 +15,28 @@ import torch
 from torch import Tensor
 
 from knnlm.datastore.reader import Datastore
-from knnlm.distribution import log_weights
-from knnlm.evaluation.scoring import ScoredBatch, score
 from knnlm.knn_lm import KNNLanguageModel, Mixed
-from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.sampling import sample
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
 from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler, Sequence
+from knnlm_server.scorings import Scorings
 from knnlm_server.sequence import (
-    Alternative,
     FinishEvent,
     FinishReason,
     GenerationRequest,
     Limits,
-    NeighborEvidence,
+    RetrieveResult,
     ScoreRequest,
     ScoreResult,
     TokenEvent,
 )
 from knnlm_server.store_watch import StoreWatch
 from knnlm_server.text_stream import TextStream
+from knnlm_server.token_events import TokenReporter
 
 logger = logging.getLogger(__name__)
-
-SCORE_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Output:
     """Something for one request: an event, the result of scoring, or the error that ended it."""
 
     request_id: str
-    content: TokenEvent | FinishEvent | ScoreResult | EngineFailed
+    content: TokenEvent | FinishEvent | ScoreResult | RetrieveResult | EngineFailed
 
 
 @dataclass
@@ -60,13 +54,6 @@ class _Generation:
     sequence: Sequence
     text: TextStream
     random: random.Random
-
-
-@dataclass
-class _Scoring:
-    request: ScoreRequest
-    batches: Iterator[ScoredBatch]
-    result: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,8 @@ class DecodingEngine:
         self._watch = StoreWatch(store)
         self._tokenizer = knn_lm.tokenizer
         self._generations: dict[str, _Generation] = {}
-        self._scorings: deque[_Scoring] = deque()
+        self._scorings = Scorings()
+        self._reporter = TokenReporter(self._tokenizer, store, "default")
         self._start_over()
 
     @property
@@ -109,19 +97,14 @@ class DecodingEngine:
 
     def add_score(self, request: ScoreRequest) -> None:
         """Queue a text to be scored; its windows take turns with decoding steps."""
-        retrieval = request.retrieval
-        mixture = Mixture(retrieval.k, retrieval.temperature, retrieval.weight)
-        tokens = torch.tensor(request.tokens, dtype=torch.int32).numpy()
-        batches = score(self._knn_lm, [tokens], self._store.manifest.windowing, mixture, batch_tokens=SCORE_BATCH_TOKENS)
-        count = max(len(tokens) - 1, 0)
-        self._scorings.append(_Scoring(request, batches, {name: torch.empty(count) for name in _SCORED}))
+        self._scorings.add(request, self._knn_lm, self._store.manifest.windowing)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its row is free for the next step. Unknown ids are done already."""
         generation = self._generations.pop(request_id, None)
         if generation is not None:
             self._scheduler.finish(generation.sequence)
-        self._scorings = deque(s for s in self._scorings if s.request.request_id != request_id)
+        self._scorings.cancel(request_id)
 
     def step(self) -> list[Output]:
         """One forward pass for each group of rows, one search for all, one token for each row that is ready."""
@@ -137,13 +120,14 @@ class DecodingEngine:
             )
             outputs += self._hand_out(ready, self._mix(ready))
         # Last, since what a step has in hand is lost if decoding breaks; scoring fails for its own request alone.
-        return outputs + self._score_some()
+        scored = self._scorings.step()
+        return outputs if scored is None else [*outputs, Output(*scored)]
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up all requests after ``error`` broke a step as a whole, and begin anew with an empty cache."""
-        ids = [*self._generations, *(s.request.request_id for s in self._scorings)]
+        ids = [*self._generations, *self._scorings.request_ids]
         self._start_over()
-        return [Output(request_id, failed(error)) for request_id in ids]
+        return [Output(request_id, EngineFailed.of(error)) for request_id in ids]
 
     def _start_over(self) -> None:
         self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
@@ -198,7 +182,7 @@ class DecodingEngine:
             except Exception as error:  # whatever goes wrong with one row ends that request alone
                 logger.exception("request %s failed", request_id)
                 self.cancel(request_id)
-                outputs.append(Output(request_id, failed(error)))
+                outputs.append(Output(request_id, EngineFailed.of(error)))
         return outputs
 
     def _next_token(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> Iterator[Output]:
@@ -247,72 +231,6 @@ class DecodingEngine:
         return FinishReason.EOS if token in self._model.eos_ids and not request.stopping.ignore_eos else None
 
     def _event(self, row: int, sequence: Sequence, token: int, text: str, lm: Tensor, mixed: Mixed) -> TokenEvent:
-        detail = sequence.request.detail
-        event = {"index": sequence.generated - 1, "token_id": token, "text": text, "token_text": self._tokenizer.token_text(token)}
-        if detail.log_probs:
-            log_prob, knn = float(mixed.log_probs[row, token]), mixed.knn_log_prob(row, token)
-            weight = float(mixed.weight[row])
-            event |= {"log_prob": log_prob, "lm_log_prob": float(lm[row, token])}
-            event |= {"knn_log_prob": knn, "knn_share": min(1.0, weight * math.exp(knn - log_prob))} if weight > 0 else {"knn_share": 0.0}
-        if detail.alternatives:
-            event["alternatives"] = self._alternatives(mixed.log_probs[row], detail.alternatives)
-        if detail.neighbors:
-            event["neighbors"] = self._neighbors(row, sequence.request, mixed)
-        return TokenEvent(**event)  # type: ignore[arg-type]
-
-    def _alternatives(self, log_probs: Tensor, count: int) -> tuple[Alternative, ...]:
-        values, ids = log_probs.topk(min(count, len(log_probs)))
-        return tuple(Alternative(i, self._tokenizer.token_text(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
-
-    def _neighbors(self, row: int, request: GenerationRequest, mixed: Mixed) -> tuple[NeighborEvidence, ...]:
-        found = mixed.neighbors.row(row)
-        shares = log_weights(found, request.retrieval.temperature).exp()[0].tolist()
-        nearest = found.nearest(request.detail.neighbors)
-        evidence = []
-        for entry, distance, share in zip(nearest.ids[0].tolist(), nearest.distances[0].tolist(), shares, strict=False):
-            origin = self._store.evidence(entry)
-            first, last = origin.characters or (None, None)
-            evidence.append(
-                NeighborEvidence(
-                    entry,
-                    origin.token_id,
-                    self._tokenizer.token_text(origin.token_id),
-                    share,
-                    distance,
-                    origin.document.id,
-                    origin.document.source,
-                    first,
-                    last,
-                    origin.line,
-                    self._tokenizer.decode(origin.left_context),
-                )
-            )
-        return tuple(evidence)
-
-    def _score_some(self) -> list[Output]:
-        """One batch of windows of the text whose turn it is."""
-        if not self._scorings:
-            return []
-        scoring = self._scorings.popleft()
-        request_id = scoring.request.request_id
-        try:
-            batch = next(scoring.batches, None)
-            if batch is not None:
-                for name, values in scoring.result.items():
-                    values[batch.rows] = getattr(batch, name)
-        except Exception as error:  # it ends this request alone
-            logger.exception("request %s failed", request_id)
-            return [Output(request_id, failed(error))]
-        if batch is None:
-            lists = {name: tuple(values.tolist()) for name, values in scoring.result.items()}
-            return [Output(request_id, ScoreResult(**lists))]
-        self._scorings.append(scoring)
-        return []
-
-
-_SCORED = ("log_probs", "lm_log_probs", "knn_log_probs")
-
-
-def failed(error: Exception) -> EngineFailed:
-    """What a request is told when something broke that it can't help; the rest stands in the log."""
-    return EngineFailed(f"The engine failed on this request ({type(error).__name__}); the server's log says more.")
+        request = sequence.request
+        details = self._reporter.details(row, token, request.detail, request.retrieval, lm, mixed)
+        return TokenEvent(index=sequence.generated - 1, text=text, **details)

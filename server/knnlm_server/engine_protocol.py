@@ -1,15 +1,26 @@
-"""What the gRPC border asks of a decoding engine and its tokenizer. Knows no torch, no gRPC and no implementation."""
+"""What the gRPC border asks of a decoding engine, its tokenizer and its datastores. Knows no torch, no gRPC, no implementation."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from knnlm_server.sequence import FinishEvent, GenerationRequest, ScoreRequest, ScoreResult, ServerInfo, TokenEvent
+from knnlm_server.sequence import (
+    DatastoreInfo,
+    FinishEvent,
+    GenerationRequest,
+    RetrieveRequest,
+    RetrieveResult,
+    ScoreRequest,
+    ScoreResult,
+    ServerInfo,
+    TokenEvent,
+)
 
 
 class PromptTokenizer(Protocol):
-    """Text to token ids as the datastore's documents have them; safe to use from several threads."""
+    """Text to token ids as the datastores' documents have them, and back; safe to use from several threads."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -18,12 +29,18 @@ class PromptTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: with BOS where documents have it, never with EOS."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without any special token."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+
     def token_text(self, token_id: int) -> str:
         """One token for display, special ones by their name."""
 
 
 class Engine(Protocol):
-    """Generates and scores for many requests at once, on a thread of its own."""
+    """Generates, scores and retrieves for many requests at once, on a thread of its own."""
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -31,7 +48,7 @@ class Engine(Protocol):
 
     @property
     def info(self) -> ServerInfo:
-        """What is served, the limits in force and the default mixture; known before :meth:`start`."""
+        """What is served now, the limits in force and the resolved configuration; known before :meth:`start`."""
 
     def start(self) -> None:
         """Begin to work; returns when the first request would be answered at full speed."""
@@ -40,10 +57,33 @@ class Engine(Protocol):
         """End at once: running requests raise :class:`~knnlm_server.errors.ShuttingDown`."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        """Token events, then one finish event; closing the generator cancels the request.
+        """Token events, and one finish event for each sample; closing the generator cancels the request.
 
-        The first iteration raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait.
+        The first iteration raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait and
+        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known; any raises
+        :class:`~knnlm_server.errors.ReadTooSlowly` where events were not taken for too long.
         """
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Log-probabilities of given tokens; cancelling the task cancels the request."""
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResult:
+        """Neighbours of a context; cancelling the task cancels the request."""
+
+
+class DatastoreAdmin(Protocol):
+    """Changes which datastores are served. Methods block (they read files) and may be called from any thread."""
+
+    def load(self, name: str, path: Path, *, make_default: bool = False) -> DatastoreInfo:
+        """Serve the datastore at ``path``; raises :class:`~knnlm_server.errors.DatastoreLoaded` for a name that is taken,
+        and :class:`~knnlm.errors.StoreError` for a store that can't be opened or does not fit the model."""
+
+    def unload(self, name: str) -> None:
+        """Take a datastore out of service; running requests keep it. Raises :class:`DatastoreNotLoaded`."""
+
+    def reload(self, name: str, path: Path | None = None) -> DatastoreInfo:
+        """Serve it as it is on disk now (or at another ``path``); running requests keep the one they have."""
+
+    def remove_documents(self, name: str, ids: Sequence[str], where: Mapping[str, str]) -> tuple[int, int]:
+        """Remove documents durably; returns how many documents and entries. Raises as
+        :func:`knnlm.datastore.removal.remove_documents` does."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -84,18 +85,27 @@ class GenerationService(GenerationServiceServicer):
     def __init__(self, engine: Engine, gate: RequestGate) -> None:
         self.gate = gate
         self._engine = engine
-        self._reader = converters.RequestReader(engine.tokenizer, engine.info)
+
+    @property
+    def _reader(self) -> converters.RequestReader:
+        # Made anew for each request: which datastores are served may change.
+        return converters.RequestReader(self._engine.tokenizer, self._engine.info)
 
     @_guarded
     async def Generate(self, request: pb.GenerateRequest, context: Any, request_id: str) -> pb.GenerateResponse:
-        """A whole completion."""
-        tokens: list[TokenEvent] = []
+        """Whole completions."""
+        tokens: dict[int, list[TokenEvent]] = defaultdict(list)
+        ends: list[FinishEvent] = []
         async with aclosing(self._events(request, request_id)) as events:
             async for event in events:
                 if isinstance(event, FinishEvent):
-                    return converters.completion_message(tokens, event)
-                tokens.append(event)
-        raise AssertionError("the engine ended a completion without a finish event")
+                    ends.append(event)
+                else:
+                    tokens[event.sample].append(event)
+        chosen = best(ends, max(1, request.options.num_samples))
+        return pb.GenerateResponse(
+            completions=[converters.completion_message(tokens[end.sample], end) for end in chosen], prompt_tokens=ends[0].prompt_tokens
+        )
 
     @_guarded
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any, request_id: str) -> None:
@@ -111,9 +121,21 @@ class GenerationService(GenerationServiceServicer):
         return converters.score_message(score_request, await self._engine.score(score_request))
 
     @_guarded
+    async def Retrieve(self, request: pb.RetrieveRequest, context: Any, request_id: str) -> pb.RetrieveResponse:
+        """Neighbours of a context."""
+        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, request_id)
+        return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
+
+    @_guarded
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any, request_id: str) -> pb.TokenizeResponse:
         """Token ids and texts of a text."""
         return await asyncio.to_thread(self._tokenize, request)
+
+    @_guarded
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any, request_id: str) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        ids = self._reader.detokenize(request)
+        return pb.DetokenizeResponse(text=await asyncio.to_thread(self._engine.tokenizer.decode, ids))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """What is served; answered also while the gate is closed."""
@@ -131,6 +153,13 @@ class GenerationService(GenerationServiceServicer):
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         text = self._engine.tokenizer.token_text
         return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=i, text=text(i)) for i in self._reader.tokenize(request)])
+
+
+def best(ends: Sequence[FinishEvent], count: int) -> list[FinishEvent]:
+    """The ``count`` completions of the highest mean log-probability, best first; all in their order where that is not known."""
+    if len(ends) <= count:
+        return sorted(ends, key=lambda end: end.sample)
+    return sorted(ends, key=lambda end: (-(end.mean_log_prob or 0.0), end.sample))[:count]
 
 
 def _stream_message(event: TokenEvent | FinishEvent) -> pb.StreamGenerateResponse:

@@ -17,7 +17,16 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from knnlm.errors import IndexingError, InvalidInput, KNNLMError, MissingDependency, ModelError, StoreDamaged, StoreError
-from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
+from knnlm_server.errors import (
+    DatastoreLoaded,
+    DatastoreNotLoaded,
+    EngineFailed,
+    QueueFull,
+    ReadTooSlowly,
+    RoleMissing,
+    ShuttingDown,
+    TokenMissing,
+)
 
 DOMAIN = "knnlm"
 RETRY_SECONDS = 1
@@ -27,6 +36,11 @@ CODES: dict[type[KNNLMError], grpc.StatusCode] = {
     InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
+    DatastoreNotLoaded: grpc.StatusCode.NOT_FOUND,
+    DatastoreLoaded: grpc.StatusCode.ALREADY_EXISTS,
+    ReadTooSlowly: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TokenMissing: grpc.StatusCode.UNAUTHENTICATED,
+    RoleMissing: grpc.StatusCode.PERMISSION_DENIED,
     StoreDamaged: grpc.StatusCode.DATA_LOSS,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     ModelError: grpc.StatusCode.FAILED_PRECONDITION,

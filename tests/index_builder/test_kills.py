@@ -45,11 +45,12 @@ class Work:
             shutil.copytree(self.before, self.store)
 
     def start(self) -> subprocess.Popen[str]:
-        """In a process, and a group of processes, of its own."""
+        """In a process, and a group of processes, of its own; as in a terminal, wherever the tests run."""
         line = [sys.executable, "-m", "knnlm", *map(str, self.arguments)]
         return subprocess.Popen(
-            line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(), text=True, start_new_session=True
-        )
+            line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(), text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
 
 def alone(work: Work) -> list[str | Path]:

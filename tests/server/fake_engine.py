@@ -10,12 +10,15 @@ from dataclasses import replace
 from knnlm_server.errors import ShuttingDown
 from knnlm_server.sequence import (
     Alternative,
+    DatastoreInfo,
     FinishEvent,
     FinishReason,
     GenerationRequest,
     Limits,
     NeighborEvidence,
     RetrievalParams,
+    RetrieveRequest,
+    RetrieveResult,
     ScoreRequest,
     ScoreResult,
     ServerInfo,
@@ -30,14 +33,20 @@ INFO = ServerInfo(
     model_fingerprint="m1",
     tokenizer_fingerprint="t1",
     vocabulary_size=257,
-    key_layer="last_ffn_input",
-    key_dimension=8,
-    store_fingerprint="s1",
-    entries=1000,
-    documents=10,
-    index="Flat",
-    default_retrieval=DEFAULT_RETRIEVAL,
-    defaults_source="profile",
+    datastores=(
+        DatastoreInfo(
+            name="main",
+            fingerprint="s1",
+            entries=1000,
+            documents=10,
+            index="Flat",
+            key_layer="last_ffn_input",
+            key_dimension=8,
+            distance="exact",
+            default_retrieval=DEFAULT_RETRIEVAL,
+            defaults_source="profile",
+        ),
+    ),
     limits=LIMITS,
     settings={"device": "cpu"},
 )
@@ -53,6 +62,8 @@ NEIGHBOR = NeighborEvidence(
     character_end=11,
     line=3,
     left_context="before\n it",
+    datastore="main",
+    metadata={"title": "On bytes"},
 )
 
 
@@ -67,6 +78,12 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         ids = list(text.encode())
         return ids if self.bos is None else [self.bos, *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_id for token_id in token_ids if token_id != self.bos).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
         return "<bos>" if token_id == self.bos else chr(token_id)
@@ -119,8 +136,12 @@ class FakeEngine:
             for index, piece in enumerate(self.pieces):
                 if index == self.hold_after:
                     await self._hold()
-                yield _token(request, index, piece)
-            yield FinishEvent(FinishReason.LENGTH, "!", len(request.prompt), len(self.pieces))
+                for sample in range(request.samples):
+                    yield replace(_token(request, index, piece), sample=sample)
+            for sample in range(request.samples):
+                # Later samples are better.
+                mean = float(sample - request.samples) if request.mean_log_prob else None
+                yield FinishEvent(FinishReason.LENGTH, "!", len(request.prompt), len(self.pieces), sample, mean_log_prob=mean)
         finally:
             self.closed.set()
 
@@ -129,6 +150,9 @@ class FakeEngine:
             raise self.failure
         count = len(request.tokens) - 1
         return ScoreResult((-1.0,) * count, (-2.0,) * count, (float("-inf"),) * count)
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResult:
+        return RetrieveResult((NEIGHBOR,) * request.neighbors)
 
     async def _hold(self) -> None:
         woken = asyncio.Event()

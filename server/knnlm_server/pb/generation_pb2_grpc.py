@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generation, scoring and tokenisation with one model and one datastore.
+    """Generation, scoring, retrieval and tokenisation with one model and its datastores.
     """
 
     def __init__(self, channel):
@@ -50,10 +50,20 @@ class GenerationServiceStub:
                 request_serializer=knnlm__server_dot_pb_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=knnlm__server_dot_pb_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Retrieve = channel.unary_unary(
+                '/knnlm.v1.GenerationService/Retrieve',
+                request_serializer=knnlm__server_dot_pb_dot_generation__pb2.RetrieveRequest.SerializeToString,
+                response_deserializer=knnlm__server_dot_pb_dot_generation__pb2.RetrieveResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/knnlm.v1.GenerationService/Tokenize',
                 request_serializer=knnlm__server_dot_pb_dot_generation__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=knnlm__server_dot_pb_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/knnlm.v1.GenerationService/Detokenize',
+                request_serializer=knnlm__server_dot_pb_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=knnlm__server_dot_pb_dot_generation__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/knnlm.v1.GenerationService/GetServerInfo',
@@ -63,18 +73,18 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generation, scoring and tokenisation with one model and one datastore.
+    """Generation, scoring, retrieval and tokenisation with one model and its datastores.
     """
 
     def Generate(self, request, context):
-        """Continues a prompt and returns the whole completion. Cancelling the call, or its deadline, stops the work.
+        """Continues a prompt and returns whole completions. Cancelling the call, or its deadline, stops the work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Continues a prompt and sends each token as it is made, then one message that says why it ended.
+        """Continues a prompt and sends each token as it is made, then for each completion one message that says why it ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +97,13 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Retrieve(self, request, context):
+        """Neighbours of a context: the datastore entries that would vote on its next token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Token ids of a text as a prompt would have them, special tokens included.
         """
@@ -94,8 +111,15 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """Text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerInfo(self, request, context):
-        """What is served: model, datastore, defaults and limits.
+        """What is served: model, datastores, defaults and limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,10 +143,20 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=knnlm__server_dot_pb_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=knnlm__server_dot_pb_dot_generation__pb2.ScoreResponse.SerializeToString,
             ),
+            'Retrieve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retrieve,
+                    request_deserializer=knnlm__server_dot_pb_dot_generation__pb2.RetrieveRequest.FromString,
+                    response_serializer=knnlm__server_dot_pb_dot_generation__pb2.RetrieveResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=knnlm__server_dot_pb_dot_generation__pb2.TokenizeRequest.FromString,
                     response_serializer=knnlm__server_dot_pb_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=knnlm__server_dot_pb_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=knnlm__server_dot_pb_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
@@ -138,7 +172,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generation, scoring and tokenisation with one model and one datastore.
+    """Generation, scoring, retrieval and tokenisation with one model and its datastores.
     """
 
     @staticmethod
@@ -223,6 +257,33 @@ class GenerationService:
             _registered_method=True)
 
     @staticmethod
+    def Retrieve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnlm.v1.GenerationService/Retrieve',
+            knnlm__server_dot_pb_dot_generation__pb2.RetrieveRequest.SerializeToString,
+            knnlm__server_dot_pb_dot_generation__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Tokenize(request,
             target,
             options=(),
@@ -239,6 +300,33 @@ class GenerationService:
             '/knnlm.v1.GenerationService/Tokenize',
             knnlm__server_dot_pb_dot_generation__pb2.TokenizeRequest.SerializeToString,
             knnlm__server_dot_pb_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knnlm.v1.GenerationService/Detokenize',
+            knnlm__server_dot_pb_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            knnlm__server_dot_pb_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,87 @@
+"""What is told about a token: log-probabilities, alternatives, and the neighbours that voted. Draws nothing, decides nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from knnlm.datastore.reader import Datastore
+from knnlm.distribution import log_weights
+from knnlm.knn_lm import Mixed
+from knnlm.neighbors import Neighbors
+from knnlm.tokenization import TextTokenizer
+from knnlm_server.sequence import Alternative, DetailParams, NeighborEvidence, RetrievalParams
+
+
+class TokenReporter:
+    """Makes the parts of token events that were asked for.
+
+    ``name`` is what the datastore is called on this server.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, store: Datastore, name: str) -> None:
+        self._tokenizer, self._store, self._name = tokenizer, store, name
+
+    def details(self, row: int, token: int, detail: DetailParams, retrieval: RetrievalParams, lm: Tensor, mixed: Mixed) -> dict[str, Any]:
+        """Fields of the :class:`~knnlm_server.sequence.TokenEvent` of ``token``, drawn in ``row`` of a step.
+
+        ``lm`` and ``mixed.log_probs`` [rows, vocabulary] are log-probabilities before any processing.
+        """
+        found: dict[str, Any] = {"token_id": token, "token_text": self._tokenizer.token_text(token)}
+        if detail.log_probs:
+            found |= self._log_probs(row, token, lm, mixed)
+        if detail.alternatives:
+            found["alternatives"] = self._alternatives(row, detail, lm, mixed)
+        if detail.neighbors:
+            found["neighbors"] = self.neighbors(mixed.neighbors.row(row), retrieval.temperature, detail.neighbors)
+        return found
+
+    def neighbors(self, found: Neighbors, temperature: float, count: int) -> tuple[NeighborEvidence, ...]:
+        """The ``count`` heaviest of one row's neighbours, and where they stand in the corpus."""
+        shares = log_weights(found, temperature).exp()[0].tolist()
+        nearest = found.nearest(count)
+        return tuple(
+            self._evidence(entry, distance, share)
+            for entry, distance, share in zip(nearest.ids[0].tolist(), nearest.distances[0].tolist(), shares, strict=False)
+        )
+
+    def _log_probs(self, row: int, token: int, lm: Tensor, mixed: Mixed) -> dict[str, float]:
+        log_prob, weight = float(mixed.log_probs[row, token]), float(mixed.weight[row])
+        found = {"log_prob": log_prob, "lm_log_prob": float(lm[row, token]), "interpolation_weight": weight, "knn_share": 0.0}
+        if weight > 0:
+            knn = mixed.knn_log_prob(row, token)
+            found |= {"knn_log_prob": knn, "knn_share": min(1.0, weight * math.exp(knn - log_prob))}
+        return found
+
+    def _alternatives(self, row: int, detail: DetailParams, lm: Tensor, mixed: Mixed) -> tuple[Alternative, ...]:
+        values, ids = mixed.log_probs[row].topk(min(detail.alternatives, mixed.log_probs.shape[1]))
+        searched = float(mixed.weight[row]) > 0
+        return tuple(
+            Alternative(
+                token, self._tokenizer.token_text(token), value,
+                float(lm[row, token]) if detail.log_probs else None,
+                mixed.knn_log_prob(row, token) if detail.log_probs and searched else None,
+            )
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )  # fmt: skip
+
+    def _evidence(self, entry: int, distance: float, share: float) -> NeighborEvidence:
+        origin = self._store.evidence(entry)
+        first, last = origin.characters or (None, None)
+        return NeighborEvidence(
+            entry=entry,
+            token_id=origin.token_id,
+            text=self._tokenizer.token_text(origin.token_id),
+            weight=share,
+            distance=distance,
+            document_id=origin.document.id,
+            source=origin.document.source,
+            character_start=first,
+            character_end=last,
+            line=origin.line,
+            left_context=self._tokenizer.decode(origin.left_context),
+            datastore=self._name,
+            metadata=origin.document.metadata,
+        )
