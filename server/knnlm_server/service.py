@@ -19,6 +19,7 @@ from knnlm_server.engine_protocol import Engine
 from knnlm_server.errors import ShuttingDown
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
+from knnlm_server.request_reader import RequestReader
 from knnlm_server.sequence import FinishEvent, TokenEvent
 from knnlm_server.status import status_of
 
@@ -87,9 +88,9 @@ class GenerationService(GenerationServiceServicer):
         self._engine = engine
 
     @property
-    def _reader(self) -> converters.RequestReader:
+    def _reader(self) -> RequestReader:
         # Made anew for each request: which datastores are served may change.
-        return converters.RequestReader(self._engine.tokenizer, self._engine.info)
+        return RequestReader(self._engine.tokenizer, self._engine.info)
 
     @_guarded
     async def Generate(self, request: pb.GenerateRequest, context: Any, request_id: str) -> pb.GenerateResponse:
