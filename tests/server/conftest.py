@@ -20,9 +20,9 @@ WAIT_SECONDS = 30.0
 class RunningServer:
     """A server and the loop that it runs on."""
 
-    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop, port: int = 0) -> None:
         self.engine = engine
-        self.server = GenerationServer(engine)
+        self.server = GenerationServer(engine, port=port)
         self._loop = loop
 
     @property
@@ -35,11 +35,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(engine: FakeEngine) -> Iterator[RunningServer]:
+def running(engine: FakeEngine, port: int = 0) -> Iterator[RunningServer]:
+    """A server, stopped at the end; ``port`` 0 takes a free one."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    running = RunningServer(engine, loop)
+    running = RunningServer(engine, loop, port)
     try:
         running.submit(running.server.start()).result(WAIT_SECONDS)
         yield running
