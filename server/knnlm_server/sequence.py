@@ -100,12 +100,17 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """A context whose neighbours are wanted. ``neighbors``: how many of those that vote are handed out, the heaviest first."""
+    """A context whose neighbours are wanted. ``neighbors``: how many of those that vote are handed out, the heaviest first.
+
+    ``retrieval.weight`` is 1: a search is what is asked for. ``tenant`` and ``arrived`` as in :class:`GenerationRequest`.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     retrieval: RetrievalParams
     neighbors: int
+    tenant: str = ""
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
