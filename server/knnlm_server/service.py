@@ -190,7 +190,7 @@ class GenerationService(GenerationServiceServicer):
                 await context.write(message)
         except TimeoutError as error:
             raise ReadTooSlowly(
-                f"The client has read nothing of this stream for {self._stall_seconds:g} seconds, so it was ended; read events as they come."
+                f"The client has read nothing of this stream for {self._stall_seconds:g} seconds, so it was ended; read them as they come."
             ) from error
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
