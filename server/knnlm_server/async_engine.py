@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import knnlm
 from knnlm.errors import InvalidInput, KNNLMError
@@ -23,6 +24,7 @@ from knnlm.tokenization import TextTokenizer
 from knnlm_server.datastores import Datastores, StoreOptions
 from knnlm_server.engine import DecodingEngine, Output
 from knnlm_server.errors import EngineFailed, ShuttingDown
+from knnlm_server.scheduler import STEP_TOKENS
 from knnlm_server.sequence import (
     FinishEvent,
     GenerationRequest,
@@ -58,15 +60,15 @@ class AsyncEngine:
     """A :class:`DecodingEngine` on its own thread, for asyncio. The server's :class:`~knnlm_server.engine_protocol.Engine`.
 
     ``info``: what is told of the server, but for its datastores. ``threads`` that torch and FAISS each have on the engine's
-    thread (None: as they are). ``observer`` is told of every step.
+    thread (None: as they are). ``engine_options``: further ones of :class:`DecodingEngine`.
     """
 
     def __init__(
         self, model: HFLanguageModel, tokenizer: TextTokenizer, datastores: Datastores, info: ServerInfo, *, threads: int | None = None,
-        observer: EngineObserver | None = None,
+        **engine_options: Any,
     ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._datastores, self._info = model, tokenizer, datastores, info
-        self._threads, self._observer = threads, observer
+        self._threads, self._engine_options = threads, engine_options
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread: threading.Thread | None = None
@@ -92,7 +94,7 @@ class AsyncEngine:
     def start(self) -> None:
         """Warm model and datastores up and begin to work."""
         self._size_pools()
-        engine = DecodingEngine(self._model, self._tokenizer, self._datastores, self._info.limits, observer=self._observer)
+        engine = DecodingEngine(self._model, self._tokenizer, self._datastores, self._info.limits, **self._engine_options)
         self._datastores.warm_up()
         self._warm_up(engine)
         self._thread = threading.Thread(target=self._run, args=(engine,), name="knnlm-engine", daemon=True)
@@ -263,7 +265,8 @@ def build_async_engine(
     dtype: str | None = None,
     max_concurrent: int = 8,
     context: int | None = None,
-    limits: Callable[..., Limits] = Limits,
+    limits: Mapping[str, Any] | None = None,
+    step_tokens: int = STEP_TOKENS,
     weight: float | None = None,
     k: int | None = None,
     knn_temperature: float | None = None,
@@ -276,8 +279,8 @@ def build_async_engine(
 ) -> AsyncEngine:
     """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
 
-    ``context``: most tokens of prompt and completion (None: the model's context). ``limits`` makes the limits of it and of
-    ``max_concurrent``. ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
+    ``context``: most tokens of prompt and completion (None: the model's context). ``limits``: other fields of :class:`Limits`
+    by name. ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
     ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
     of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
     errors of :mod:`knnlm.errors`.
@@ -293,7 +296,7 @@ def build_async_engine(
         path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
         k=k, temperature=knn_temperature, weight=weight,
     )  # fmt: skip
-    made = limits(context=_context(opened.model, context), max_concurrent=max_concurrent)
+    made = Limits(**{**(limits or {}), "context": _context(opened.model, context), "max_concurrent": max_concurrent})
     if not allow_unproven:
         check_servable(opened.model, made.context)
     options = StoreOptions(device, k, knn_temperature, weight, verify)
@@ -303,7 +306,7 @@ def build_async_engine(
         datastores.load(other, its_path)
     facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
     info = _info(opened, made, {**facts, **(settings or {})})
-    return AsyncEngine(opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, observer=observer)
+    return AsyncEngine(opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer)
 
 
 def _context(model: HFLanguageModel, context: int | None) -> int:

@@ -6,7 +6,6 @@ Any thread may ask and change; files are read by the thread that changes, never 
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,9 @@ from knnlm.opening import SearchableStore, open_searchable
 from knnlm.tokenization import TextTokenizer
 from knnlm.windows import Windowing
 from knnlm_server.errors import DatastoreLoaded, DatastoreNotLoaded
-from knnlm_server.sequence import DatastoreInfo, RetrievalParams
+from knnlm_server.sequence import DATASTORE_NAME, DatastoreInfo, RetrievalParams
 from knnlm_server.served_stores import ChosenStores, ServedStore
 from knnlm_server.store_watch import StoreWatch
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Datastores:
 
     def load(self, name: str, path: Path, *, make_default: bool = False) -> DatastoreInfo:
         """See :meth:`~knnlm_server.engine_protocol.DatastoreAdmin.load`."""
-        if not _NAME.fullmatch(name):
+        if not DATASTORE_NAME.fullmatch(name):
             raise InvalidInput(
                 "name", f"is {name!r}, but must be 1 to 64 letters, digits, -, _ and ., of which the first is a letter or digit."
             )
@@ -157,7 +154,7 @@ class Datastores:
         return served
 
     def _require_free(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not DATASTORE_NAME.fullmatch(name):
             raise InvalidInput(
                 "name", f"is {name!r}, but must be 1 to 64 letters, digits, -, _ and ., of which the first is a letter or digit."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from typing import Any
 
 from knnlm.mixture import MOST_NEIGHBORS
 from knnlm.sampling import SamplingParams
+
+DATASTORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a datastore may be called: 1 to 64 letters, digits, ``-``, ``_`` and ``.``, of which the first is a letter or digit."""
 
 
 class FinishReason(enum.Enum):
