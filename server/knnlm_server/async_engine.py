@@ -253,10 +253,10 @@ def _info(opened: OpenedKNNLM, limits: Limits) -> ServerInfo:
         fingerprint=manifest.fingerprint,
         entries=manifest.live_entries,
         documents=manifest.live_documents,
-        index=opened.knn_lm.retriever.index.description,
+        index=opened.retriever.index.description,
         key_layer=f"{manifest.key.layer.kind} ({manifest.key.layer.module})",
         key_dimension=manifest.key.dimension,
-        distance=opened.knn_lm.retriever.distance,
+        distance=opened.retriever.distance,
         default_retrieval=RetrievalParams(mixture.weight, mixture.k, mixture.temperature),
         defaults_source=opened.mixture_source,
     )

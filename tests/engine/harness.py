@@ -99,12 +99,17 @@ class RecordingEngine(DecodingEngine):
     def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
-            self.keys[sequence.request.request_id].append(key)
+            self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
         return super()._mix(ready)
 
 
-def make_engine(parts: Parts, step_tokens: int = 512, **limits: int) -> RecordingEngine:
-    return RecordingEngine(parts.knn_lm, parts.model, parts.store, parts.limits(**limits), step_tokens)
+def sample_name(request_id: str, sample: int) -> str:
+    """What a sample is called here: like its request, later ones with their number."""
+    return f"{request_id}/{sample}" if sample else request_id
+
+
+def make_engine(parts: Parts, step_tokens: int = 512, *, options: Mapping[str, Any] | None = None, **limits: int) -> RecordingEngine:
+    return RecordingEngine(parts.knn_lm, parts.model, parts.store, parts.limits(**limits), step_tokens, **(options or {}))
 
 
 def request(
@@ -120,7 +125,7 @@ def request(
 
 @dataclass
 class Answer:
-    """All that one request was given."""
+    """All that one sample of a request was given; the first one's holds the failure of the request."""
 
     events: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
@@ -167,7 +172,8 @@ def drive(engine: DecodingEngine, actions: Mapping[int, Sequence[Callable[[], ob
         except Exception as error:
             outputs = engine.fail_all(error)
         for output in outputs:
-            answers[output.request_id].take(output)
+            sample = output.content.sample if isinstance(output.content, TokenEvent | FinishEvent) else 0
+            answers[sample_name(output.request_id, sample)].take(output)
     raise AssertionError(f"not idle after {MOST_STEPS} steps")
 
 
