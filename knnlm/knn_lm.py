@@ -39,6 +39,10 @@ class Mixed:
         """log p_kNN [n, vocabulary], -inf where no neighbour has the token and in rows that searched nothing."""
         return spread(self.neighbors, self.votes, self.log_probs.shape[1])
 
+    def rows(self, rows: list[int]) -> Mixed:
+        """Some of the rows, in this order."""
+        return Mixed(self.log_probs[rows], self.neighbors.each(lambda part: part[rows]), self.votes[rows], self.weight[rows])
+
     def knn_log_prob(self, row: int, token: int) -> float:
         """One value of :attr:`knn_log_probs`."""
         votes = self.votes[row][self.neighbors.tokens[row] == token]

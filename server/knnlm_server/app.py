@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2
 
 from knnlm.errors import InvalidInput
+from knnlm_server import self_check
 from knnlm_server.access import ADMIN, GENERATE, Access, OpenAccess
 from knnlm_server.calls import Calls
 from knnlm_server.engine_protocol import Engine
@@ -199,7 +201,8 @@ async def serve(
     """Run a server until SIGTERM or SIGINT, then stop it within ``grace`` seconds; a second signal ends the process at once.
 
     A port that is in use is refused (:class:`CannotListen`) before the engine is made. ``on_ready`` is called when
-    requests are taken. Only for the main thread of a process, since it takes over its signals.
+    requests are taken; ``admin_of`` makes the servicer that changes the engine's datastores. Only for the main thread of a
+    process, since it takes over its signals.
     """
     border = border or Border()
     ensure_reachable_as_meant(Place(host, port), border)
@@ -213,6 +216,32 @@ async def serve(
     await stopping.wait()
     _log.info("stopping; a second signal ends the process at once")
     await server.stop(grace)
+
+
+async def check(
+    engine_factory: Callable[[], Engine],
+    host: str,
+    port: int,
+    *,
+    border: Border | None = None,
+    on_answer: Callable[[GenerationServer, int, float], None],
+) -> None:
+    """Start a server as :func:`serve` would, send it one request, and stop it; raises where any of that fails.
+
+    ``on_answer`` is told how many tokens came in how many seconds.
+    """
+    border = border or Border()
+    access = self_check.CheckAccess(border.access)
+    ensure_reachable_as_meant(Place(host, port), border)
+    server = GenerationServer(engine_factory(), host, port, replace(border, access=access), check=True)
+    await server.start()
+    try:
+        assert server.check_place is not None
+        began = time.monotonic()
+        tokens = await self_check.check(server.check_place.address, access)
+        on_answer(server, tokens, time.monotonic() - began)
+    finally:
+        await server.stop(0)
 
 
 def ensure_reachable_as_meant(main: Place, border: Border) -> None:

@@ -72,7 +72,7 @@ class RequestReader:
             tenant=tenant,
         )
 
-    def retrieve(self, message: pb.RetrieveRequest, request_id: str) -> RetrieveRequest:
+    def retrieve(self, message: pb.RetrieveRequest, request_id: str, tenant: str = "") -> RetrieveRequest:
         """The request with defaults filled in and the context tokenised, truncated where it asks for that."""
         _refuse_unknown(message)
         given, most = _given(message), self.info.limits.max_neighbors
@@ -88,7 +88,7 @@ class RequestReader:
                 field,
                 f"has {_count(tokens, 'token')}, but the context holds {room}; shorten it, or set truncate_context.",
             )
-        return RetrieveRequest(request_id=request_id, tokens=tokens[-room:], retrieval=retrieval, neighbors=neighbors)
+        return RetrieveRequest(request_id=request_id, tokens=tokens[-room:], retrieval=retrieval, neighbors=neighbors, tenant=tenant)
 
     def detokenize(self, message: pb.DetokenizeRequest) -> tuple[int, ...]:
         """Token ids whose text is wanted."""

@@ -147,7 +147,7 @@ class GenerationService(GenerationServiceServicer):
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """Neighbours of a context."""
         call = current_call()
-        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key)
+        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key, tenant=call.caller.name)
         call.prompt_tokens = len(retrieve_request.tokens)
         return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
 
@@ -190,7 +190,7 @@ class GenerationService(GenerationServiceServicer):
                 await context.write(message)
         except TimeoutError as error:
             raise ReadTooSlowly(
-                f"The client has read nothing of this stream for {self._stall_seconds:g} seconds, so it was ended; read events as they come."
+                f"The client has read nothing of this stream for {self._stall_seconds:g} seconds, so it was ended; read them as they come."
             ) from error
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
