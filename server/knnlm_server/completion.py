@@ -9,6 +9,7 @@ from collections.abc import Set
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.scheduler import Sequence
 from knnlm_server.sequence import FinishEvent, FinishReason, GenerationRequest
+from knnlm_server.served_stores import ChosenStores
 from knnlm_server.text_stream import TextStream
 
 
@@ -18,13 +19,13 @@ def sample_seed(seed: int | None, sample: int) -> int | str | None:
 
 
 class Completion(Sequence):
-    """One of a request's samples, from its prompt to its end."""
+    """One of a request's samples, from its prompt to its end. ``stores``: its datastores, held until then."""
 
-    def __init__(self, request: GenerationRequest, sample: int, tokenizer: TextTokenizer) -> None:
+    def __init__(self, request: GenerationRequest, sample: int, tokenizer: TextTokenizer, stores: ChosenStores | None = None) -> None:
         seconds = request.stopping.max_seconds
         deadline = math.inf if seconds is None else request.arrived + seconds
         super().__init__(request.request_id, request.prompt, request.tenant, deadline, sample)
-        self.request = request
+        self.request, self.stores = request, stores or ChosenStores()
         self.text = TextStream(tokenizer, request.prompt, request.stopping.stop_strings)
         self.random = random.Random(sample_seed(request.sampling.seed, sample))
         self.log_prob_sum = 0.0
