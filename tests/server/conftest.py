@@ -51,7 +51,7 @@ def running(engine: FakeEngine) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[FakeEngine], RunningServer]]:
-    """Start a server around an engine; it is stopped at the end of the test."""
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    """Start a server around an engine, with options of :class:`GenerationServer`; it is stopped at the end of the test."""
     with ExitStack() as stack:
-        yield lambda engine: stack.enter_context(running(engine))
+        yield lambda engine, **options: stack.enter_context(running(engine, **options))
