@@ -73,7 +73,7 @@ class Answer:
     def fail(self, error: grpc.aio.AioRpcError) -> None:
         """Write the status down that the call ended with."""
         self.code, self.message = error.code().name, error.details() or ""
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it reads what both kinds of error have
+        status = rpc_status.from_call(error)
         for packed in () if status is None else status.details:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             if packed.Unpack(info):
