@@ -270,7 +270,8 @@ def run(command: Any, arguments: list[str] | None = None) -> int:
 
 
 def _option(field: str) -> str:
-    return field if "." in field else f"--{field.replace('_', '-')}"
+    """As it was written: a path of fields and an environment variable stand for themselves."""
+    return field if "." in field or field.isupper() else f"--{field.replace('_', '-')}"
 
 
 def _fail(sentence: str, status: int) -> int:
