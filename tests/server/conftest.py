@@ -21,9 +21,9 @@ WAIT_SECONDS = 30.0
 class RunningServer:
     """A server and the loop that it runs on."""
 
-    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop, port: int = 0) -> None:
+    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         self.engine = engine
-        self.server = GenerationServer(engine, port=port)
+        self.server = GenerationServer(engine, **options)
         self._loop = loop
 
     @property
@@ -36,12 +36,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(engine: FakeEngine, port: int = 0) -> Iterator[RunningServer]:
-    """A server, stopped at the end; ``port`` 0 takes a free one."""
+def running(engine: FakeEngine, port: int = 0, **options: Any) -> Iterator[RunningServer]:
+    """A server with options of :class:`GenerationServer`, stopped at the end; ``port`` 0 takes a free one."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    running = RunningServer(engine, loop, port)
+    running = RunningServer(engine, loop, port=port, **options)
     try:
         running.submit(running.server.start()).result(WAIT_SECONDS)
         yield running
