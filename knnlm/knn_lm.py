@@ -48,6 +48,12 @@ class Mixed:
         votes = self.votes[row][self.neighbors.tokens[row] == token]
         return float(votes.max()) if len(votes) else -math.inf
 
+    def knn_share(self, row: int, token: int) -> float:
+        """Part of the token's probability that came from the neighbours, 0 to 1."""
+        knn = self.knn_log_prob(row, token)
+        # A token that neither has can be drawn where all others were forbidden.
+        return 0.0 if knn == -math.inf else min(1.0, float(self.weight[row]) * math.exp(knn - float(self.log_probs[row, token])))
+
 
 def mix_neighbors(lm_log_probs: Tensor, neighbors: Neighbors, *, temperature: Tensor, weight: Tensor) -> Mixed:
     """Mix the LM's log-probabilities [n, vocabulary] with those of ``neighbors``; ``temperature`` and ``weight`` float64, each [n].
