@@ -11,6 +11,7 @@ import torch
 
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore_mix import StoreMix
+from knnlm.generation import generate
 from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
@@ -82,6 +83,18 @@ def test_tokens_and_what_the_base_model_would_have_said_are_those_of_the_plain_l
         shares.append(found.changed_share)
     assert max(shares) > 0
     assert min(shares) < 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_plain_loop_writes_what_the_engine_writes(gpt2: Parts, sampling: SamplingParams) -> None:
+    prompt, mixture = "The farmer sold ", Mixture(1, 10.0, 1.0)
+    tokens = gpt2.knn_lm.tokenizer.encode(prompt)
+    # What the only neighbour says first is forbidden, so the base model comes to speak.
+    [said] = gpt2.knn_lm.next_token(tokens, mixture).neighbors.tokens[0].tolist()
+    sampling = replace(sampling, bad_words=((said,),))
+    one = request("a", tokens, sampling, RetrievalParams(1.0, 1, 10.0), max_new_tokens=10)
+    text = generate(gpt2.knn_lm, gpt2.model, prompt, max_new_tokens=10, sampling=sampling, mixture=mixture)
+    assert complete(make_engine(gpt2), one)["a"].text == text
 
 
 def test_evidence_is_the_same_alone_and_in_company(gpt2: Parts) -> None:
