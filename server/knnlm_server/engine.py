@@ -25,6 +25,7 @@ from knnlm_server.datastores import Datastores
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
 from knnlm_server.lookup import Lookup
+from knnlm_server.prefix_blocks import BLOCK_TOKENS
 from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler
 from knnlm_server.scorings import Scorings
 from knnlm_server.sequence import (
@@ -42,6 +43,8 @@ from knnlm_server.served_stores import shares_of
 from knnlm_server.step_meter import StepMeter
 from knnlm_server.telemetry import EngineObserver, Unobserved
 from knnlm_server.token_events import TokenReporter
+
+PREFIX_BYTES = 64 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +93,9 @@ def _completions(ready: _Ready[Completion | Lookup], lm: Tensor, mixed: Mixed) -
 class DecodingEngine:
     """Generates for many requests at once. :meth:`add` and :meth:`cancel` between steps, :meth:`step` until idle.
 
-    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``observer`` is told of each
-    step; ``clock``: seconds in which requests say when they arrived.
+    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``prefix_bytes``: for beginnings
+    of prompts that are kept for others that share them (0: none are), in blocks of ``block_tokens``. ``observer`` is told
+    of each step. ``clock``: seconds in which requests say when they arrived.
     """
 
     def __init__(
@@ -102,10 +106,13 @@ class DecodingEngine:
         limits: Limits,
         step_tokens: int = STEP_TOKENS,
         *,
+        prefix_bytes: int = PREFIX_BYTES,
+        block_tokens: int = BLOCK_TOKENS,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._tokenizer, self._datastores, self._limits, self._step_tokens = model, tokenizer, datastores, limits, step_tokens
+        self._prefix_bytes, self._block_tokens = prefix_bytes, block_tokens
         self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
         self._observer_failed = False
         self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
@@ -174,7 +181,9 @@ class DecodingEngine:
         return [Output(request_id, EngineFailed.of(error)) for request_id in ids]
 
     def _start_over(self) -> None:
-        self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
+        self._cache = SlotCache(
+            self._model.layers, self._limits.max_concurrent, self._limits.context, self._prefix_bytes, self._block_tokens
+        )
         self._scheduler: Scheduler[Completion | Lookup] = Scheduler(self._cache, self._limits, self._step_tokens)
         self._requests.clear()
         self._scorings.clear()
