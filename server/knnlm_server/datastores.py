@@ -6,6 +6,7 @@ Any thread may ask and change; files are read by the thread that changes, never 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from knnlm_server.errors import DatastoreLoaded, DatastoreNotLoaded
 from knnlm_server.sequence import DATASTORE_NAME, DatastoreInfo, RetrievalParams
 from knnlm_server.served_stores import ChosenStores, ServedStore
 from knnlm_server.store_watch import StoreWatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Datastores:
                 raise DatastoreLoaded(f"A datastore {name!r} is loaded already; reload it, or choose another name.")
             opened = self._open(name, path)
             self._serve((opened, *self._served) if make_default else (*self._served, opened))
+        _log.info("the datastore %s is served: %d entries at %s", name, opened.info.entries, path)
         return opened.info
 
     def unload(self, name: str) -> None:
@@ -110,6 +114,7 @@ class Datastores:
         with self._changing:
             gone = self._named(name)
             self._serve(tuple(served for served in self._served if served is not gone))
+        _log.info("the datastore %s is served no more", name)
 
     def reload(self, name: str, path: Path | None = None) -> DatastoreInfo:
         """See :meth:`~knnlm_server.engine_protocol.DatastoreAdmin.reload`. It keeps its place in the order."""
@@ -117,6 +122,7 @@ class Datastores:
             old = self._named(name)
             opened = self._open(name, path or old.store.path)
             self._serve(tuple(opened if served is old else served for served in self._served))
+        _log.info("the datastore %s was opened again: %d entries at %s", name, opened.info.entries, opened.store.path)
         return opened.info
 
     def remove_documents(self, name: str, ids: Sequence[str], where: Mapping[str, str]) -> tuple[int, int]:
@@ -124,6 +130,7 @@ class Datastores:
         with self._changing:
             removal = remove_documents(self._named(name).store.path, ids, where)
             self._watch.hurry()
+        _log.info("%d documents with %d entries were removed from the datastore %s", len(removal.removed), removal.entries, name)
         return len(removal.removed), removal.entries
 
     def serve(self, name: str, opened: SearchableStore) -> ServedStore:
@@ -142,7 +149,13 @@ class Datastores:
     def _open(self, name: str, path: Path) -> ServedStore:
         options = self._options
         opened = open_searchable(
-            path, device=options.device, k=options.k, temperature=options.temperature, weight=options.weight, verify=options.verify
+            path,
+            dtype=self._model.dtype,
+            device=options.device,
+            k=options.k,
+            temperature=options.temperature,
+            weight=options.weight,
+            verify=options.verify,
         )
         try:
             opened.store.manifest.require_model(self._model)

@@ -145,9 +145,9 @@ def serve(
     configure(log_format, log_level, texts_of_exceptions=log_prompts)
     settings, given = configuration.resolved(context), context.params
     stores, options, border = named_datastores(store, datastores or []), _engine_options(given), _border(given, settings)
-    _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
 
     def engine() -> Engine:
+        _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
         # Imported here, so that an address that can't be used is refused at once.
         from knnlm.console import quiet_transformers
         from knnlm_server.async_engine import build_async_engine

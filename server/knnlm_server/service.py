@@ -23,6 +23,7 @@ from knnlm_server.errors import QueueFull, ReadTooSlowly, ShuttingDown
 from knnlm_server.metrics import Metrics
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
+from knnlm_server.request_reader import RequestReader
 from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -108,9 +109,9 @@ class GenerationService(GenerationServiceServicer):
         self._settings, self._stall_seconds, self._log_prompts = settings or {}, stall_seconds, log_prompts
 
     @property
-    def _reader(self) -> converters.RequestReader:
+    def _reader(self) -> RequestReader:
         # Made anew for each request: which datastores are served may change.
-        return converters.RequestReader(self._engine.tokenizer, self._engine.info)
+        return RequestReader(self._engine.tokenizer, self._engine.info)
 
     @_gated
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -51,7 +52,18 @@ def running(engine: FakeEngine) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[FakeEngine], RunningServer]]:
-    """Start a server around an engine; it is stopped at the end of the test."""
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    """Start a server around an engine, with options of :class:`GenerationServer`; it is stopped at the end of the test."""
     with ExitStack() as stack:
-        yield lambda engine: stack.enter_context(running(engine))
+        yield lambda engine, **options: stack.enter_context(running(engine, **options))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """The command sets the process's log up; the tests of others want their own back."""
+    root, own = logging.getLogger(), logging.getLogger("knnlm_server")
+    handlers, levels = root.handlers[:], (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])

@@ -19,7 +19,7 @@ from knnlm_server.client import AsyncGenerationClient, FieldsRefused, Generation
 from knnlm_server.errors import QueueFull
 from knnlm_server.sequence import DetailParams, FinishEvent, FinishReason, StoppingParams, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer
-from tests.server.fake_engine import INFO, NEIGHBOR, FakeEngine
+from tests.server.fake_engine import DEFAULT_RETRIEVAL, INFO, LIMITS, NEIGHBOR, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[[FakeEngine], RunningServer]
@@ -81,8 +81,8 @@ def test_every_option_arrives(client: GenerationClient, engine: FakeEngine) -> N
     )
     (request,) = engine.requests
     assert request.prompt == (1, 2, 3)
-    assert request.sampling == SamplingParams(1.5, 0, 4, 0.5, 0.1, 0)
-    assert request.stopping == StoppingParams(9, 2, ("x",), (0,), True)
+    assert request.sampling == SamplingParams(repetition_penalty=1.5, temperature=0, top_k=4, top_p=0.5, min_p=0.1, seed=0)
+    assert request.stopping == StoppingParams(9, 2, ("x",), (0,), True, LIMITS.max_seconds)
     assert (request.retrieval.weight, request.retrieval.k, request.retrieval.temperature) == (0.1, 2, 3.5)
     assert request.detail == DetailParams(True, 1, 2)
 
@@ -90,7 +90,7 @@ def test_every_option_arrives(client: GenerationClient, engine: FakeEngine) -> N
 def test_none_is_the_servers_default(client: GenerationClient, engine: FakeEngine) -> None:
     client.generate("hi", max_new_tokens=8, temperature=None, weight=None, seed=None)
     assert engine.requests[0].sampling == SamplingParams()
-    assert engine.requests[0].retrieval == INFO.default_retrieval
+    assert engine.requests[0].retrieval == DEFAULT_RETRIEVAL
 
 
 def test_retrieval_can_be_turned_off(client: GenerationClient, engine: FakeEngine) -> None:

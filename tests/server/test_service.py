@@ -82,11 +82,11 @@ def test_several_samples_come_in_the_order_of_their_numbers(stub_of: Any) -> Non
 
 def test_best_of_returns_the_most_probable_completions_the_best_first(stub_of: Any) -> None:
     engine = FakeEngine(["a", "b"])  # its later samples are better
-    options = pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=2, best_of=5)
+    options = pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=2, best_of=4)
     response = stub_of(engine).Generate(generate(options=options))
-    assert [completion.sample for completion in response.completions] == [4, 3]
+    assert [completion.sample for completion in response.completions] == [3, 2]
     assert [len(completion.tokens) for completion in response.completions] == [2, 2]
-    assert (engine.requests[0].samples, engine.requests[0].mean_log_prob) == (5, True)
+    assert (engine.requests[0].samples, engine.requests[0].mean_log_prob) == (4, True)
 
 
 def test_a_stream_has_a_finish_for_each_sample(stub_of: Any) -> None:
@@ -237,7 +237,7 @@ def test_retrieve_gives_the_context_and_its_neighbours(stub_of: Any) -> None:
 
 
 def test_a_datastore_that_is_not_loaded_is_not_found(stub_of: Any) -> None:
-    request = pb.RetrieveRequest(context=pb.Input(text="abc"), datastores=[pb.DatastoreWeight(name="other")])
+    request = pb.RetrieveRequest(context=pb.Input(text="abc"), datastores=[pb.DatastoreWeight(name="nowhere")])
     with pytest.raises(grpc.RpcError) as caught:
         stub_of(FakeEngine()).Retrieve(request)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
