@@ -102,7 +102,7 @@ def _retrieval_alone(opened: OpenedKNNLM) -> float:
 
     Each comes after a forward pass that is not counted, as in a step: caches and threads are as cold as there.
     """
-    retriever, k, keys = opened.knn_lm.retriever, opened.knn_lm.mixture.k, opened.store.keys
+    retriever, k, keys = opened.retriever, opened.knn_lm.mixture.k, opened.store.keys
     assert keys is not None
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, opened.model.vocabulary_size, (STREAMS, 1), generator=generator)

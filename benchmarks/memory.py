@@ -18,7 +18,7 @@ from tests.tiny import HIDDEN, save, tiny_corpus, tiny_gpt2, tiny_tokenizer
 
 DOCUMENTS = 4_000
 TIMES = (1, 10)
-INDEX, ALLOWED = "IVF6144,SQ8", "176MiB"
+INDEX, ALLOWED = "IVF6144,SQ8", "256MiB"
 READING, ENCODING, TUNING = "reading bytes", "encoding", "choosing search settings"
 PART = BuildSettings().shard_tokens
 STAGES = (READING, ENCODING, TRAINING, FILLING, MERGING, TUNING, ENDING)

@@ -7,33 +7,40 @@ are the same mechanism: each row of the slot cache brings any number of new toke
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from knnlm.datastore.reader import Datastore
-from knnlm.knn_lm import KNNLanguageModel, Mixed
+from knnlm.datastore_mix import retrieve_union
+from knnlm.knn_lm import KNNLanguageModel, Mixed, mix_neighbors
 from knnlm.model import HFLanguageModel
 from knnlm.sampling import sample
+from knnlm.tokenization import TextTokenizer
+from knnlm_server.completion import Completion
+from knnlm_server.datastores import Datastores
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
-from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler, Sequence
+from knnlm_server.lookup import Lookup
+from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler
 from knnlm_server.scorings import Scorings
 from knnlm_server.sequence import (
     FinishEvent,
     FinishReason,
     GenerationRequest,
     Limits,
+    RetrieveRequest,
     RetrieveResult,
     ScoreRequest,
     ScoreResult,
     TokenEvent,
 )
-from knnlm_server.store_watch import StoreWatch
-from knnlm_server.text_stream import TextStream
+from knnlm_server.served_stores import shares_of
+from knnlm_server.step_meter import StepMeter
+from knnlm_server.telemetry import EngineObserver, Unobserved
 from knnlm_server.token_events import TokenReporter
 
 logger = logging.getLogger(__name__)
@@ -41,45 +48,69 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """Something for one request: an event, the result of scoring, or the error that ended it."""
+    """Something for one request: an event, the result of scoring or of retrieval, or the error that ended it."""
 
     request_id: str
     content: TokenEvent | FinishEvent | ScoreResult | RetrieveResult | EngineFailed
 
 
-@dataclass
-class _Generation:
-    """What the engine keeps of a request beside its tokens."""
-
-    sequence: Sequence
-    text: TextStream
-    random: random.Random
+S = TypeVar("S", Completion, Completion | Lookup)
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """Rows that get a token in this step: their sequences, logits [n, vocabulary] and keys [n, dimension]."""
+class _Ready(Generic[S]):
+    """Rows whose text is read to its end in this step: their sequences, logits [n, vocabulary] and keys [n, dimension]."""
 
-    sequences: list[Sequence]
+    sequences: list[S]
     logits: Tensor
     keys: Tensor
+
+    @staticmethod
+    def join(parts: list[_Ready[S]]) -> _Ready[S]:
+        """The rows of all parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        sequences = [sequence for part in parts for sequence in part.sequences]
+        return _Ready(sequences, torch.cat([part.logits for part in parts]), torch.cat([part.keys for part in parts]))
+
+    def rows(self, rows: list[int]) -> _Ready[S]:
+        """Some of the rows."""
+        return _Ready([self.sequences[row] for row in rows], self.logits[rows], self.keys[rows])
+
+
+def _completions(ready: _Ready[Completion | Lookup], lm: Tensor, mixed: Mixed) -> tuple[_Ready[Completion], Tensor, Mixed]:
+    """The rows that get a token."""
+    sequences = [sequence for sequence in ready.sequences if isinstance(sequence, Completion)]
+    if len(sequences) == len(ready.sequences):
+        return _Ready(sequences, ready.logits, ready.keys), lm, mixed
+    rows = [row for row, sequence in enumerate(ready.sequences) if isinstance(sequence, Completion)]
+    return _Ready(sequences, ready.logits[rows], ready.keys[rows]), lm[rows], mixed.rows(rows)
 
 
 class DecodingEngine:
     """Generates for many requests at once. :meth:`add` and :meth:`cancel` between steps, :meth:`step` until idle.
 
-    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps.
+    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``observer`` is told of each
+    step; ``clock``: seconds in which requests say when they arrived.
     """
 
     def __init__(
-        self, knn_lm: KNNLanguageModel, model: HFLanguageModel, store: Datastore, limits: Limits, step_tokens: int = STEP_TOKENS
+        self,
+        model: HFLanguageModel,
+        tokenizer: TextTokenizer,
+        datastores: Datastores,
+        limits: Limits,
+        step_tokens: int = STEP_TOKENS,
+        *,
+        observer: EngineObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._knn_lm, self._model, self._store, self._limits, self._step_tokens = knn_lm, model, store, limits, step_tokens
-        self._watch = StoreWatch(store)
-        self._tokenizer = knn_lm.tokenizer
-        self._generations: dict[str, _Generation] = {}
+        self._model, self._tokenizer, self._datastores, self._limits, self._step_tokens = model, tokenizer, datastores, limits, step_tokens
+        self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
+        self._observer_failed = False
+        self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
         self._scorings = Scorings()
-        self._reporter = TokenReporter(self._tokenizer, store, "default")
+        self._reporter = TokenReporter(tokenizer, datastores.numbered)
         self._start_over()
 
     @property
@@ -88,55 +119,126 @@ class DecodingEngine:
         return self._scheduler.idle and not self._scorings
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request; raises :class:`~knnlm_server.errors.QueueFull`."""
-        sequence = Sequence(request)
-        text = TextStream(self._tokenizer, request.prompt, request.stopping.stop_strings)
-        generation = _Generation(sequence, text, random.Random(request.sampling.seed))
-        self._scheduler.add(sequence)
-        self._generations[request.request_id] = generation
+        """Queue a request, which keeps the datastores that it chooses now.
+
+        Raises :class:`~knnlm_server.errors.QueueFull` and :class:`~knnlm_server.errors.DatastoreNotLoaded`.
+        """
+        stores = self._datastores.choose(request.retrieval)
+        self._add(request.request_id, [Completion(request, number, self._tokenizer, stores) for number in range(request.samples)])
+
+    def add_retrieve(self, request: RetrieveRequest) -> None:
+        """Queue a context whose neighbours are wanted; as :meth:`add`."""
+        self._add(request.request_id, [Lookup(request, self._datastores.choose(request.retrieval))])
+
+    def _add(self, request_id: str, sequences: Sequence[Completion | Lookup]) -> None:
+        self._scheduler.add(sequences)
+        self._requests[request_id] = list(sequences)
 
     def add_score(self, request: ScoreRequest) -> None:
-        """Queue a text to be scored; its windows take turns with decoding steps."""
-        self._scorings.add(request, self._knn_lm, self._store.manifest.windowing)
+        """Queue a text to be scored; its windows take turns with decoding steps. Raises as :meth:`add` for its datastores."""
+        stores = self._datastores.choose(request.retrieval)
+        knn_lm = KNNLanguageModel(self._model, self._tokenizer, stores.mix)
+        self._scorings.add(request, knn_lm, self._datastores.windowing(request.retrieval))
+
+    def look(self) -> None:
+        """Take over what was removed from datastores; every step does, so this is for the time between requests."""
+        self._datastores.look()
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request, wherever it is; its row is free for the next step. Unknown ids are done already."""
-        generation = self._generations.pop(request_id, None)
-        if generation is not None:
-            self._scheduler.finish(generation.sequence)
+        """Forget a request, wherever it is; its rows are free for the next step. Unknown ids are done already."""
+        for completion in self._requests.pop(request_id, ()):
+            self._scheduler.finish(completion)
         self._scorings.cancel(request_id)
 
     def step(self) -> list[Output]:
         """One forward pass for each group of rows, one search for all, one token for each row that is ready."""
-        outputs: list[Output] = []
-        # Before anything is searched: what a step finds, its evidence may show.
-        self._watch.look()
-        parts = [part for group in self._scheduler.schedule() if (part := self._forward(group)) is not None]
-        if parts:
-            ready = _Ready(
-                [sequence for part in parts for sequence in part.sequences],
-                torch.cat([part.logits for part in parts]),
-                torch.cat([part.keys for part in parts]),
-            )
-            outputs += self._hand_out(ready, self._mix(ready))
-        # Last, since what a step has in hand is lost if decoding breaks; scoring fails for its own request alone.
-        scored = self._scorings.step()
+        with self._meter.measure("step"):
+            # Before anything is searched: what a step finds, its evidence may show.
+            self.look()
+            outputs = self._end_expired()
+            groups = self._scheduler.schedule()
+            self._tell_admissions(groups)
+            parts = [part for group in groups if (part := self._forward(group)) is not None]
+            if parts:
+                outputs += self._next_tokens(_Ready.join(parts))
+            # Last, since what a step has in hand is lost if decoding breaks; scoring fails for its own request alone.
+            with self._meter.measure("score"):
+                scored = self._scorings.step()
+        self._tell_step()
         return outputs if scored is None else [*outputs, Output(*scored)]
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up all requests after ``error`` broke a step as a whole, and begin anew with an empty cache."""
-        ids = [*self._generations, *self._scorings.request_ids]
+        ids = [*self._requests, *self._scorings.request_ids]
         self._start_over()
         return [Output(request_id, EngineFailed.of(error)) for request_id in ids]
 
     def _start_over(self) -> None:
         self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
-        self._scheduler = Scheduler(self._cache, self._limits, self._step_tokens)
-        self._generations.clear()
+        self._scheduler: Scheduler[Completion | Lookup] = Scheduler(self._cache, self._limits, self._step_tokens)
+        self._requests.clear()
         self._scorings.clear()
 
-    def _forward(self, group: RowGroup) -> _Ready | None:
+    def _end_expired(self) -> list[Output]:
+        """End what has run out of time with what there is."""
+        over = [sequence for sequence in self._scheduler.expired(self._clock()) if isinstance(sequence, Completion)]
+        return [output for completion in over for output in self._end(completion, FinishReason.TIME)]
+
+    def _end(self, completion: Completion, reason: FinishReason) -> list[Output]:
+        """End one sample, and its request where it is the last; an error ends the request."""
+        samples = self._requests.get(completion.request_id, [])
+        if completion not in samples:
+            return []
+        try:
+            finish = completion.finish(reason)
+        except Exception as error:
+            return self._fail(completion.request_id, error)
+        samples.remove(completion)
+        if not samples:
+            del self._requests[completion.request_id]
+        self._scheduler.finish(completion)
+        return [Output(completion.request_id, finish)]
+
+    def _fail(self, request_id: str, error: Exception) -> list[Output]:
+        """End a request with all of its samples: whatever goes wrong with one row ends that request alone."""
+        if request_id not in self._requests:
+            return []  # another of its samples failed before, and that was said
+        logger.error("request %s failed", request_id, exc_info=error)
+        self.cancel(request_id)
+        return [Output(request_id, EngineFailed.of(error))]
+
+    def _tell_admissions(self, groups: list[RowGroup[Completion | Lookup]]) -> None:
+        """Tell of requests whose first sample begins to be read with this step."""
+        for completion in (completion for group in groups for completion in group.sequences if not completion.started):
+            completion.started = True
+            if completion.sample == 0:
+                told = completion.request_id, self._clock() - completion.request.arrived, len(completion.prompt), completion.reused
+                self._tell(lambda observer, told=told: observer.admitted(*told))  # type: ignore[misc]
+
+    def _tell_step(self) -> None:
+        waiting = self._scheduler.waiting_requests
+        report = self._meter.report(
+            running=len(self._scheduler.running), waiting=len(waiting), waiting_tokens=sum(waiting.values()),
+            cache_tokens=sum(sequence.computed for sequence in self._scheduler.running),
+        )  # fmt: skip
+        self._tell(lambda observer: observer.step(report))
+
+    def _tell(self, what: Callable[[EngineObserver], None]) -> None:
+        """An observer that raises harms nobody; its first error is logged."""
+        try:
+            what(self._observer)
+        except Exception:
+            if not self._observer_failed:
+                logger.exception("the engine's observer failed; its counts are not complete")
+            self._observer_failed = True
+
+    def _forward(self, group: RowGroup[Completion | Lookup]) -> _Ready[Completion | Lookup] | None:
         """Run the rows of a group; return those whose prompt is now read to its end."""
+        self._meter.count("prompt_tokens", sum(count for s, count in zip(group.sequences, group.counts, strict=True) if not s.generated))
+        with self._meter.measure("forward"):
+            return self._run(group)
+
+    def _run(self, group: RowGroup[Completion | Lookup]) -> _Ready[Completion | Lookup] | None:
         device = self._model.device
         starts = torch.tensor([s.computed for s in group.sequences])
         counts = torch.tensor(group.counts)
@@ -160,57 +262,94 @@ class DecodingEngine:
         keys = out.keys[rows.to(device), last.to(device)]
         return _Ready([sequences[row] for row in ready], logits.float().cpu(), keys.float().cpu())
 
-    def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
-        lm = ready.logits.log_softmax(-1)
+    def _mix(self, ready: _Ready[Completion | Lookup]) -> tuple[Tensor, Mixed]:
+        """The base LM's log-probabilities and the mixture of each row: one search for each datastore that is used."""
         wanted = [sequence.request.retrieval for sequence in ready.sequences]
-        mixed = self._knn_lm.mix(
-            lm, ready.keys,
-            k=torch.tensor([r.k for r in wanted]),
-            temperature=torch.tensor([r.temperature for r in wanted], dtype=torch.float64),
-            weight=torch.tensor([r.weight for r in wanted], dtype=torch.float64),
-        )  # fmt: skip
-        return lm, mixed
+        temperature = torch.tensor([r.temperature for r in wanted], dtype=torch.float64)
+        weight = torch.tensor([r.weight for r in wanted], dtype=torch.float64)
+        with self._meter.measure("retrieval"):
+            shares = shares_of([sequence.stores for sequence in ready.sequences])
+            neighbors = retrieve_union(ready.keys, torch.tensor([r.k for r in wanted]), shares)
+        with self._meter.measure("mix"):
+            lm = ready.logits.log_softmax(-1)
+            return lm, mix_neighbors(lm, neighbors, temperature=temperature, weight=weight)
 
-    def _hand_out(self, ready: _Ready, distributions: tuple[Tensor, Mixed]) -> list[Output]:
-        lm, mixed = distributions
-        greedy = mixed.log_probs.argmax(-1).tolist()
+    def _next_tokens(self, ready: _Ready[Completion | Lookup]) -> list[Output]:
+        """A token for each completion that is ready, and its neighbours for each lookup."""
         outputs: list[Output] = []
+        try:
+            lm, mixed = self._mix(ready)
+        except Exception:  # whose retrieval fails is seen row by row: it ends those requests alone
+            outputs, good = self._without_failing(ready)
+            if not good.sequences:
+                return outputs
+            ready = good
+            lm, mixed = self._mix(ready)
         for row, sequence in enumerate(ready.sequences):
-            request_id = sequence.request.request_id
+            if isinstance(sequence, Lookup):
+                outputs += self._answer(sequence.request, row, mixed)
+        drawn, lm, mixed = _completions(ready, lm, mixed)
+        self._meter.count("decoded_rows", len(drawn.sequences))
+        self._meter.count("searched_rows", sum(completion.request.retrieval.weight > 0 for completion in drawn.sequences))
+        with self._meter.measure("sample"):
+            return outputs + self._hand_out(drawn, lm, mixed)
+
+    def _answer(self, request: RetrieveRequest, row: int, mixed: Mixed) -> list[Output]:
+        """The neighbours of a context, whose request ends with them."""
+        try:
+            found = self._reporter.neighbors(mixed.neighbors.row(row), request.retrieval.temperature, request.neighbors)
+        except Exception as error:
+            return self._fail(request.request_id, error)
+        self.cancel(request.request_id)
+        return [Output(request.request_id, RetrieveResult(found))]
+
+    def _without_failing(self, ready: _Ready[Completion | Lookup]) -> tuple[list[Output], _Ready[Completion | Lookup]]:
+        """Try each row's retrieval alone: the end of those requests that fail, and the rows that don't."""
+        outputs: list[Output] = []
+        good = []
+        for row, completion in enumerate(ready.sequences):
             try:
-                outputs += self._next_token(row, self._generations[request_id], greedy[row], lm, mixed)
-            except Exception as error:  # whatever goes wrong with one row ends that request alone
-                logger.exception("request %s failed", request_id)
-                self.cancel(request_id)
-                outputs.append(Output(request_id, EngineFailed.of(error)))
+                self._mix(ready.rows([row]))
+            except Exception as error:
+                outputs += self._fail(completion.request_id, error)
+            else:
+                good.append(row)
+        return outputs, ready.rows(good)
+
+    def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
+        outputs: list[Output] = []
+        for row, (completion, token) in enumerate(zip(ready.sequences, self._choose(ready, lm, mixed), strict=True)):
+            if completion not in self._requests.get(completion.request_id, ()):
+                continue  # another sample of its request failed in this step
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                outputs += self._next_token(row, completion, token, lm, mixed)
+            except Exception as error:
+                outputs += self._fail(completion.request_id, error)
         return outputs
 
-    def _next_token(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> Iterator[Output]:
-        sequence, request = generation.sequence, generation.sequence.request
-        token = self._choose(row, generation, greedy, lm, mixed)
-        sequence.tokens.append(token)
-        count, stopping = sequence.generated, request.stopping
-        may_stop = count >= stopping.min_new_tokens
-        reason = self._stop_reason(token, request) if may_stop else None
-        # A token that ends the completion is no part of its text.
-        text = "" if reason else generation.text.push(token, may_stop=may_stop)
-        if generation.text.stopped:
-            reason = FinishReason.STOP_STRING
-        elif reason is None and count >= stopping.max_new_tokens:
-            reason = FinishReason.LENGTH
-        event = self._event(row, sequence, token, text, lm, mixed)
-        outputs = [Output(request.request_id, event)]
-        if reason is not None:
-            self.cancel(request.request_id)
-            finish = FinishEvent(reason, generation.text.finish(), len(request.prompt), count)
-            outputs.append(Output(request.request_id, finish))
-        return iter(outputs)
+    def _next_token(self, row: int, completion: Completion, token: int, lm: Tensor, mixed: Mixed) -> list[Output]:
+        text, reason = completion.take(token, self._model.eos_ids)
+        if completion.request.mean_log_prob:
+            completion.log_prob_sum += float(mixed.log_probs[row, token])
+        event = Output(completion.request_id, self._event(row, completion, token, text, lm, mixed))
+        return [event] if reason is None else [event, *self._end(completion, reason)]
 
-    def _choose(self, row: int, generation: _Generation, greedy: int, lm: Tensor, mixed: Mixed) -> int:
-        sequence, request = generation.sequence, generation.sequence.request
-        params = request.sampling
-        uniform = generation.random.random()
-        ends = self._ends(request) if sequence.generated < request.stopping.min_new_tokens else frozenset()
+    def _choose(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[int | Exception]:
+        """The next token of each row, or what went wrong with that row alone."""
+        greedy = mixed.log_probs.argmax(-1).tolist()
+        chosen: list[int | Exception] = []
+        for row, completion in enumerate(ready.sequences):
+            try:
+                chosen.append(self._choose_one(row, completion, greedy[row], lm, mixed))
+            except Exception as error:
+                chosen.append(error)
+        return chosen
+
+    def _choose_one(self, row: int, completion: Completion, greedy: int, lm: Tensor, mixed: Mixed) -> int:
+        params, uniform = completion.request.sampling, completion.random.random()
+        ends = set() if completion.may_end else completion.ends(self._model.eos_ids)
         if params.temperature == 0.0 and params.repetition_penalty == 1.0 and not ends:
             return greedy
         log_probs = mixed.log_probs[row]
@@ -219,18 +358,9 @@ class DecodingEngine:
             log_probs = log_probs.index_fill(0, forbidden, -torch.inf)
             if not bool(log_probs.isfinite().any()):  # at weight 1, all neighbours may say that the text ends here
                 log_probs = lm[row].index_fill(0, forbidden, -torch.inf)
-        return sample(log_probs, params, sequence.tokens, uniform)
+        return sample(log_probs, params, completion.tokens, uniform)
 
-    def _ends(self, request: GenerationRequest) -> frozenset[int]:
-        stops = frozenset(request.stopping.stop_token_ids)
-        return stops if request.stopping.ignore_eos else stops | self._model.eos_ids
-
-    def _stop_reason(self, token: int, request: GenerationRequest) -> FinishReason | None:
-        if token in request.stopping.stop_token_ids:
-            return FinishReason.STOP_TOKEN
-        return FinishReason.EOS if token in self._model.eos_ids and not request.stopping.ignore_eos else None
-
-    def _event(self, row: int, sequence: Sequence, token: int, text: str, lm: Tensor, mixed: Mixed) -> TokenEvent:
-        request = sequence.request
+    def _event(self, row: int, completion: Completion, token: int, text: str, lm: Tensor, mixed: Mixed) -> TokenEvent:
+        request = completion.request
         details = self._reporter.details(row, token, request.detail, request.retrieval, lm, mixed)
-        return TokenEvent(index=sequence.generated - 1, text=text, **details)
+        return TokenEvent(index=completion.generated - 1, text=text, sample=completion.sample, **details)

@@ -41,7 +41,7 @@ class RequestReader:
 
     def generation(self, message: pb.GenerateRequest | pb.StreamGenerateRequest, request_id: str, tenant: str = "") -> GenerationRequest:
         """The request with defaults filled in and the prompt tokenised, truncated where it asks for that."""
-        _refuse_unknown(message)
+        refuse_unknown(message)
         options = message.options
         stopping = self._stopping(options.stopping)
         wanted, samples = self._samples(options, stream=isinstance(message, pb.StreamGenerateRequest))
@@ -57,9 +57,9 @@ class RequestReader:
             tenant=tenant,
         )
 
-    def retrieve(self, message: pb.RetrieveRequest, request_id: str) -> RetrieveRequest:
+    def retrieve(self, message: pb.RetrieveRequest, request_id: str, tenant: str = "") -> RetrieveRequest:
         """The request with defaults filled in and the context tokenised, truncated where it asks for that."""
-        _refuse_unknown(message)
+        refuse_unknown(message)
         given, most = _given(message), self.info.limits.max_neighbors
         wanted = pb.RetrievalOptions(**{name: given[name] for name in ("k", "knn_temperature", "datastores") if name in given})
         retrieval = replace(self._retrieval(wanted, ""), weight=1.0)
@@ -73,11 +73,11 @@ class RequestReader:
                 field,
                 f"has {_count(tokens, 'token')}, but the context holds {room}; shorten it, or set truncate_context.",
             )
-        return RetrieveRequest(request_id=request_id, tokens=tokens[-room:], retrieval=retrieval, neighbors=neighbors)
+        return RetrieveRequest(request_id=request_id, tokens=tokens[-room:], retrieval=retrieval, neighbors=neighbors, tenant=tenant)
 
     def detokenize(self, message: pb.DetokenizeRequest) -> tuple[int, ...]:
         """Token ids whose text is wanted."""
-        _refuse_unknown(message)
+        refuse_unknown(message)
         ids, limit = tuple(message.token_ids), self.info.limits.max_score_tokens
         _require(len(ids) <= limit, "token_ids", f"has {_count(ids, 'token')}, but at most {limit} are taken.")
         self._check_token_ids(ids, "token_ids")
@@ -85,7 +85,7 @@ class RequestReader:
 
     def score(self, message: pb.ScoreRequest, request_id: str) -> ScoreRequest:
         """The request with defaults filled in and the input tokenised."""
-        _refuse_unknown(message)
+        refuse_unknown(message)
         retrieval = self._retrieval(message.retrieval, "retrieval")
         tokens, field = self._tokens(message.input, "input")
         limit = self.info.limits.max_score_tokens
@@ -94,7 +94,7 @@ class RequestReader:
 
     def tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         """The token ids of a text as a prompt."""
-        _refuse_unknown(message)
+        refuse_unknown(message)
         return self._encode(message.text, "text")
 
     def _samples(self, options: pb.GenerationOptions, stream: bool) -> tuple[int, int]:
@@ -289,7 +289,7 @@ def _given(message: Message) -> dict[str, Any]:
     return {field.name: tuple(value) if field.is_repeated else value for field, value in message.ListFields()}
 
 
-def _refuse_unknown(message: Message, path: str = "") -> None:
+def refuse_unknown(message: Message, path: str = "") -> None:
     """Raise for a field of a newer client that this server would otherwise ignore."""
     unknown = UnknownFieldSet(message)
     if len(unknown) > 0:
@@ -297,10 +297,10 @@ def _refuse_unknown(message: Message, path: str = "") -> None:
     for field, value in message.ListFields():
         place = _at(path, field.name)
         if isinstance(value, Message):
-            _refuse_unknown(value, place)
+            refuse_unknown(value, place)
         elif field.is_repeated and field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for at, part in enumerate(value):
-                _refuse_unknown(part, f"{place}[{at}]")
+                refuse_unknown(part, f"{place}[{at}]")
 
 
 def _count(things: Any, name: str) -> str:

@@ -7,14 +7,16 @@ those whose prompt is still being read. So each group is one contiguous range of
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from knnlm_server.errors import QueueFull
-from knnlm_server.sequence import GenerationRequest, Limits
+from knnlm_server.sequence import Limits
 
 STEP_TOKENS = 512
+S = TypeVar("S", bound="Sequence")
 
 
 class Rows(Protocol):
@@ -27,20 +29,29 @@ class Rows(Protocol):
         """Empty a row."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """One request on its way: ``tokens`` = prompt and completion, of which the first ``computed`` are in the cache.
+    """Tokens on their way through the model: ``tokens`` = prompt and completion, of which the first ``computed`` are in the cache.
 
-    ``arrival``: its number in the order of arrival, given by the scheduler.
+    ``tenant``: whose it is (None: it shares computed prefixes with nobody). ``deadline``: when its time is over, in seconds of
+    the engine's clock. ``sample``: which one of its request's sequences. ``arrival``: its number in the order of arrival, given
+    by the scheduler. ``reused``: tokens of its prompt that were not computed again. ``started``: whether its reading was told of.
+    Equal to itself alone.
     """
 
-    request: GenerationRequest
-    tokens: list[int] = field(default_factory=list)
-    computed: int = 0
-    arrival: int = 0
+    request_id: str
+    prompt: tuple[int, ...]
+    tenant: str | None = None
+    deadline: float = math.inf
+    sample: int = 0
+    tokens: list[int] = field(init=False)
+    computed: int = field(default=0, init=False)
+    arrival: int = field(default=0, init=False)
+    reused: int = field(default=0, init=False)
+    started: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
+        self.tokens = list(self.prompt)
 
     @property
     def remaining(self) -> int:
@@ -50,25 +61,25 @@ class Sequence:
     @property
     def generated(self) -> int:
         """Tokens of the completion so far."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - len(self.prompt)
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class RowGroup(Generic[S]):
     """Rows [start, start + len(counts)) of the cache, and how many new tokens each brings."""
 
     start: int
-    sequences: list[Sequence]
+    sequences: list[S]
     counts: list[int]
 
 
-class Scheduler:
+class Scheduler(Generic[S]):
     """Admits sequences by arrival and says which rows bring how many tokens in the next step."""
 
     def __init__(self, rows: Rows, limits: Limits, step_tokens: int = STEP_TOKENS) -> None:
         self._rows, self._limits, self._step_tokens = rows, limits, step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: list[S] = []
+        self.running: list[S] = []
         self._decoding = 0
         self._arrivals = itertools.count()
 
@@ -77,21 +88,31 @@ class Scheduler:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the queue's end; raises :class:`QueueFull` with the numbers."""
-        limits = self._limits
-        tokens = sum(len(s.tokens) for s in self.waiting) + len(sequence.tokens)
-        if len(self.waiting) >= limits.max_waiting_requests:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit is {limits.max_waiting_requests}; try again later.")
-        if self.waiting and tokens > limits.max_waiting_tokens:
-            raise QueueFull(f"{tokens} prompt tokens would be waiting, the limit is {limits.max_waiting_tokens}; try again later.")
-        sequence.arrival = next(self._arrivals)
-        self.waiting.append(sequence)
+    @property
+    def waiting_requests(self) -> dict[str, int]:
+        """Prompt tokens of each request of which a sequence waits; samples of one request share theirs."""
+        return {sequence.request_id: len(sequence.prompt) for sequence in self.waiting}
 
-    def schedule(self) -> list[RowGroup]:
+    def add(self, sequences: Iterable[S]) -> None:
+        """Put the sequences of one request at the queue's end; raises :class:`QueueFull` with the numbers."""
+        limits, sequences, waiting = self._limits, list(sequences), self.waiting_requests
+        tokens = sum(waiting.values()) + len(sequences[0].prompt)
+        if len(waiting) >= limits.max_waiting_requests:
+            raise QueueFull(f"{len(waiting)} requests are waiting, the limit is {limits.max_waiting_requests}; try again later.")
+        if waiting and tokens > limits.max_waiting_tokens:
+            raise QueueFull(f"{tokens} prompt tokens would be waiting, the limit is {limits.max_waiting_tokens}; try again later.")
+        for sequence in sequences:
+            sequence.arrival = next(self._arrivals)
+        self.waiting += sequences
+
+    def expired(self, now: float) -> list[S]:
+        """Sequences whose time is over, wherever they are."""
+        return [sequence for sequence in (*self.running, *self.waiting) if sequence.deadline <= now]
+
+    def schedule(self) -> list[RowGroup[S]]:
         """The groups of the next step: all decoding rows, and prompts in chunks up to the budget of tokens."""
         while self.waiting and len(self.running) < self._limits.max_concurrent:
-            self.running.append(self.waiting.popleft())
+            self.running.append(self.waiting.pop(0))
         groups = []
         if self._decoding:
             decoding = self.running[: self._decoding]
@@ -100,21 +121,20 @@ class Scheduler:
             groups.append(self._prompts())
         return groups
 
-    def computed(self, group: RowGroup) -> None:
+    def computed(self, group: RowGroup[S]) -> None:
         """Note that a group's tokens are in the cache; rows whose prompt is read go over to decoding."""
         for sequence, count in zip(group.sequences, group.counts, strict=True):
             sequence.computed += count
-            row = self._row(sequence)
+            row = self.running.index(sequence)
             if row >= self._decoding and not sequence.remaining:
                 self._promote(row)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: S) -> None:
         """Take a sequence out, wherever it is; its row is filled by the last of its group, that one by the last of all."""
-        waiting = next((i for i, other in enumerate(self.waiting) if other is sequence), None)
-        if waiting is not None:
-            del self.waiting[waiting]
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
             return
-        hole = self._row(sequence)
+        hole = self.running.index(sequence)
         if hole < self._decoding:
             self._decoding -= 1
             self._exchange(hole, self._decoding)
@@ -123,11 +143,11 @@ class Scheduler:
         self.running.pop()
         self._rows.clear(len(self.running), sequence.computed)
 
-    def _prompts(self) -> RowGroup:
+    def _prompts(self) -> RowGroup[S]:
         # A row that was filled by the last one holds a prompt that came late: the oldest is read first, or it would starve.
         self._exchange(self._decoding, min(range(self._decoding, len(self.running)), key=lambda row: self.running[row].arrival))
         budget = max(1, self._step_tokens - self._decoding)
-        sequences: list[Sequence] = []
+        sequences: list[S] = []
         counts: list[int] = []
         for sequence in self.running[self._decoding :]:
             count = min(sequence.remaining, budget - sum(counts))
@@ -149,6 +169,3 @@ class Scheduler:
             a, b = self.running[first], self.running[second]
             self._rows.swap(first, second, max(a.computed, b.computed))
             self.running[first], self.running[second] = b, a
-
-    def _row(self, sequence: Sequence) -> int:
-        return next(row for row, other in enumerate(self.running) if other is sequence)

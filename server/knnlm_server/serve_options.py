@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from knnlm.errors import InvalidInput
-from knnlm_server.sequence import Limits
+from knnlm_server.sequence import DATASTORE_NAME, Limits
 
 DEFAULT_NAME = "default"
 """Name of the datastore that is given without one."""
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _OWN_OPTIONS = {"context": "--max-context", "max_concurrent": "--max-concurrent"}
 _LARGEST = 2**32 - 1
@@ -27,7 +24,7 @@ def named_datastores(store: Path | None, given: Sequence[str]) -> dict[str, Path
     stores = {} if store is None else {DEFAULT_NAME: store}
     for text in given:
         name, path = _split("datastore", text, "wiki=stores/wiki")
-        if not NAME.fullmatch(name):
+        if not DATASTORE_NAME.fullmatch(name):
             raise InvalidInput(
                 "datastore",
                 f"is {text!r}, but a name has 1 to 64 letters, digits, -, _ and ., of which the first is a letter or digit.",

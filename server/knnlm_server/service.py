@@ -148,7 +148,7 @@ class GenerationService(GenerationServiceServicer):
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """Neighbours of a context."""
         call = current_call()
-        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key)
+        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key, tenant=call.caller.name)
         call.prompt_tokens = len(retrieve_request.tokens)
         return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
 

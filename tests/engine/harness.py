@@ -16,8 +16,10 @@ from knnlm.entry_mask import EntryMask
 from knnlm.index import Candidates, NeighborIndex
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.model import HFLanguageModel
+from knnlm.opening import SearchableStore
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
+from knnlm_server.datastores import Datastores
 from knnlm_server.engine import DecodingEngine, Output, _Ready
 from knnlm_server.errors import EngineFailed
 from knnlm_server.sequence import (
@@ -26,6 +28,7 @@ from knnlm_server.sequence import (
     GenerationRequest,
     Limits,
     RetrievalParams,
+    RetrieveResult,
     ScoreResult,
     StoppingParams,
     TokenEvent,
@@ -47,6 +50,12 @@ class Parts:
 
     def limits(self, **given: int) -> Limits:
         return replace(Limits(context=self.model.context), **given)
+
+    def datastores(self) -> Datastores:
+        """The store, served alone."""
+        served = Datastores(self.model, self.knn_lm.tokenizer)
+        served.serve("default", SearchableStore(self.store, self.knn_lm.retriever, self.knn_lm.mixture, "the test"))
+        return served
 
     def searched_by(self, index: NeighborIndex) -> Parts:
         """The same with another index in front of the stored keys."""
@@ -99,12 +108,20 @@ class RecordingEngine(DecodingEngine):
     def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
-            self.keys[sequence.request.request_id].append(key)
+            self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
         return super()._mix(ready)
 
 
-def make_engine(parts: Parts, step_tokens: int = 512, **limits: int) -> RecordingEngine:
-    return RecordingEngine(parts.knn_lm, parts.model, parts.store, parts.limits(**limits), step_tokens)
+def sample_name(request_id: str, sample: int) -> str:
+    """What a sample is called here: like its request, later ones with their number."""
+    return f"{request_id}/{sample}" if sample else request_id
+
+
+def make_engine(
+    parts: Parts, step_tokens: int = 512, *, datastores: Datastores | None = None, options: Mapping[str, Any] | None = None, **limits: int
+) -> RecordingEngine:
+    served = datastores or parts.datastores()
+    return RecordingEngine(parts.model, parts.knn_lm.tokenizer, served, parts.limits(**limits), step_tokens, **(options or {}))
 
 
 def request(
@@ -120,11 +137,12 @@ def request(
 
 @dataclass
 class Answer:
-    """All that one request was given."""
+    """All that one sample of a request was given; the first one's holds the failure of the request."""
 
     events: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
     scores: ScoreResult | None = None
+    neighbors: RetrieveResult | None = None
     failure: EngineFailed | None = None
 
     @property
@@ -137,7 +155,7 @@ class Answer:
         return "".join(event.text for event in self.events) + self.finish.text
 
     def take(self, output: Output) -> None:
-        assert not any((self.finish, self.scores, self.failure)), "something comes after the end"
+        assert not any((self.finish, self.scores, self.neighbors, self.failure)), "something comes after the end"
         match output.content:
             case TokenEvent() as event:
                 assert event.index == len(self.events)
@@ -147,6 +165,8 @@ class Answer:
                 self.finish = finish
             case ScoreResult() as scores:
                 self.scores = scores
+            case RetrieveResult() as found:
+                self.neighbors = found
             case failure:
                 self.failure = failure
 
@@ -167,7 +187,8 @@ def drive(engine: DecodingEngine, actions: Mapping[int, Sequence[Callable[[], ob
         except Exception as error:
             outputs = engine.fail_all(error)
         for output in outputs:
-            answers[output.request_id].take(output)
+            sample = output.content.sample if isinstance(output.content, TokenEvent | FinishEvent) else 0
+            answers[sample_name(output.request_id, sample)].take(output)
     raise AssertionError(f"not idle after {MOST_STEPS} steps")
 
 

@@ -569,9 +569,9 @@ def _serves_anew(parts: Parts, engine: RecordingEngine) -> None:
         assert_keys(engine.keys[one.request_id], keys, 1e-6)
 
 
-def test_retrieval_that_fails_ends_all_running_requests_and_the_engine_serves_new_ones(gpt2: Parts) -> None:
+def test_retrieval_that_fails_ends_the_requests_that_search_and_no_others(gpt2: Parts) -> None:
     index = CountingIndex(gpt2.knn_lm.retriever.index)
-    engine = make_engine(gpt2.searched_by(index), max_concurrent=2)
+    engine = make_engine(gpt2.searched_by(index), max_concurrent=4)
     asked = [replace(one, stopping=replace(one.stopping, max_new_tokens=15)) for one in noise(4)]
 
     def breaks() -> None:
@@ -583,10 +583,37 @@ def test_retrieval_that_fails_ends_all_running_requests_and_the_engine_serves_ne
     engine.add_score(scored)
     answers = drive(engine, {3: [breaks]})
     assert set(answers) == {*(one.request_id for one in asked), "s"}
-    assert all(isinstance(answer.failure, EngineFailed) for answer in answers.values())
+    searching = {one.request_id for one in asked if one.retrieval.weight} | {"s"}
+    assert {name for name, answer in answers.items() if isinstance(answer.failure, EngineFailed)} == searching
     assert answers["noise-1"].events, "it had begun"
+    for one in asked:
+        if not one.retrieval.weight:
+            assert answers[one.request_id].tokens == alone(gpt2, one)[1].tokens
     index.failure = None
     _serves_anew(gpt2, engine)
+
+
+def test_one_query_that_can_not_be_searched_ends_its_own_request(gpt2: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, others = CountingIndex(gpt2.knn_lm.retriever.index), [replace(one, retrieval=MIXED) for one in noise(3)]
+    broken = request("broken", random_prompt(6, 1), retrieval=MIXED, max_new_tokens=20, ignore_eos=True)
+    bad = alone(gpt2, broken)[0][4]
+    for other in others:
+        alone(gpt2, other)
+    search = index.search
+
+    def failing(queries: torch.Tensor, k: int, count: int, **options: Any) -> Any:
+        if bool((queries - bad).abs().amax(1).lt(1e-6).any()):
+            raise RuntimeError("a query that breaks the index")
+        return search(queries, k, count, **options)
+
+    monkeypatch.setattr(index, "search", failing)
+    engine = make_engine(gpt2.searched_by(index), max_concurrent=4)
+    answers = complete(engine, broken, *others)
+    assert isinstance(answers["broken"].failure, EngineFailed)
+    assert len(answers["broken"].tokens) == 4
+    for other in others:
+        assert answers[other.request_id].tokens == alone(gpt2, other)[1].tokens
+        assert answers[other.request_id].finish is not None
 
 
 @pytest.mark.parametrize("steps", [0, 1])
