@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from knnlm.index import Candidates
@@ -22,14 +22,14 @@ class EngineAlone:
     """Steps an engine until all prompts have as many tokens as asked, nobody else being served."""
 
     def __init__(self, opened: OpenedKNNLM, rows: int) -> None:
-        mixture, retriever = opened.knn_lm.mixture, opened.knn_lm.retriever
+        mixture, index = opened.knn_lm.mixture, opened.searchable.retriever.index
         self._mixture = RetrievalParams(mixture.weight, mixture.k, mixture.temperature)
         datastores = Datastores(opened.model, opened.knn_lm.tokenizer)
         datastores.serve("default", opened.searchable)
         limits = Limits(context=opened.model.context, max_concurrent=rows)
         self._engine = DecodingEngine(opened.model, opened.knn_lm.tokenizer, datastores, limits, observer=self)
-        self._search = retriever.index.search
-        retriever.index.search = self._timed_search  # type: ignore[method-assign]  # its time is no part of the engine's report
+        self._search: Callable[..., Candidates] = index.search
+        index.search = self._timed_search  # type: ignore[method-assign]  # its time is no part of the engine's report
         self._steps: list[StepReport] = []
         self._search_seconds = 0.0
 
