@@ -36,12 +36,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(engine: FakeEngine, port: int = 0, **options: Any) -> Iterator[RunningServer]:
-    """A server with options of :class:`GenerationServer`, stopped at the end; ``port`` 0 takes a free one."""
+def running(engine: FakeEngine, **options: Any) -> Iterator[RunningServer]:
+    """A server, stopped at the end; ``options`` are those of :class:`GenerationServer`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    running = RunningServer(engine, loop, port=port, **options)
+    running = RunningServer(engine, loop, **options)
     try:
         running.submit(running.server.start()).result(WAIT_SECONDS)
         yield running
