@@ -6,7 +6,7 @@ Fences of README.md, the other pages at the top and ``docs/``:
   output and are not compared. They run in order, in one folder for each page, that holds ``corpus/``, ``more/`` (JSON
   lines with a ``license``), ``heldout.txt`` and ``store/`` (made of the first, unless the page itself builds it).
   ``--model NAME`` finds a tiny model at NAME. ``knnlm serve`` runs in the background until the page ends; port 50051
-  becomes a free one. ``make TARGET`` must be a target of the Makefile and is not run here, and neither is ``knnlm
+  becomes a free one. ``buf`` runs too. ``make TARGET`` must be a target of the Makefile and is not run here, and neither is ``knnlm
   demo``: ``make demo`` does.
 - ``python``: blocks run in order, in one namespace for each page and the same folder, with ``STORE`` and ``MODEL`` set.
 - either with `` not-run: REASON`` after it is left out.
