@@ -33,7 +33,7 @@ def run(session: Session) -> None:
     timings = interleave(contestants, session.options.rounds)
     bare, whole = timings["bare"], timings["compare"]
     print_facts(
-        f"comparing: {len(opened.store):,} entries, {opened.knn_lm.retriever.index.description}",
+        f"comparing: {len(opened.store):,} entries, {opened.retriever.index.description}",
         {
             "scored tokens": total,
             "k": opened.knn_lm.mixture.k,
@@ -58,7 +58,7 @@ def _batches(opened: OpenedKNNLM, held: list[TokenizedDocument]) -> list[Batch]:
 
 
 def _bare(opened: OpenedKNNLM, held: list[TokenizedDocument]) -> Callable[[], None]:
-    batches, k, retriever = _batches(opened, held), opened.knn_lm.mixture.k, opened.knn_lm.retriever
+    batches, k, retriever = _batches(opened, held), opened.knn_lm.mixture.k, opened.retriever
     setting, index, stored = retriever.settings.for_k(k), retriever.index, opened.store.keys
     assert isinstance(index, FaissIndex)
     assert stored is not None

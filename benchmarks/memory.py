@@ -8,17 +8,17 @@ from pathlib import Path
 from benchmarks.processes import ENDING, Watched, command, watch
 from benchmarks.reports import print_table, say
 from benchmarks.session import Session
+from knnlm.byte_sizes import parse_bytes
 from knnlm.console import size
 from knnlm.datastore.manifest import Manifest
 from knnlm_index_builder.build_index import FILLING, MERGING, TRAINING
-from knnlm_index_builder.machine import parse_bytes
 from knnlm_index_builder.plan_index import plan_index
 from knnlm_index_builder.settings import BuildSettings
 from tests.tiny import HIDDEN, save, tiny_corpus, tiny_gpt2, tiny_tokenizer
 
 DOCUMENTS = 4_000
 TIMES = (1, 10)
-INDEX, ALLOWED = "IVF6144,SQ8", "176MiB"
+INDEX, ALLOWED = "IVF6144,SQ8", "256MiB"
 READING, ENCODING, TUNING = "reading bytes", "encoding", "choosing search settings"
 PART = BuildSettings().shard_tokens
 STAGES = (READING, ENCODING, TRAINING, FILLING, MERGING, TUNING, ENDING)

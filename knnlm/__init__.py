@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from knnlm.knn_lm import KNNLanguageModel
     from knnlm.mixture import Mixture
     from knnlm.model import HFLanguageModel
-    from knnlm.opening import open_store
+    from knnlm.opening import open_mix, open_store
     from knnlm.sampling import SamplingParams
 
 _HOMES = {
@@ -30,6 +30,7 @@ _HOMES = {
     "Removal": "knnlm.datastore.removal",
     "SamplingParams": "knnlm.sampling",
     "compare": "knnlm.evaluation.compare",
+    "open_mix": "knnlm.opening",
     "open_store": "knnlm.opening",
     "remove_documents": "knnlm.datastore.removal",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "compare",
+    "open_mix",
     "open_store",
     "remove_documents",
 ]

@@ -1,7 +1,8 @@
 """From neighbours to log-probabilities of the next token. Pure functions; knows neither model nor index.
 
-Khandelwal et al. (2020), section 2: p_kNN(y | c) = Σ over neighbours i with value y of softmax_i(-d_i / T). All in log
-space: a token whose neighbours are far away keeps its (tiny) probability instead of becoming impossible.
+Khandelwal et al. (2020), section 2: p_kNN(y | c) = Σ over neighbours i with value y of softmax_i(-d_i / T); of several
+datastores, softmax_i(-d_i / T + log w) over all of their neighbours. All in log space: a token whose neighbours are far
+away keeps its (tiny) probability instead of becoming impossible.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from knnlm.neighbors import Neighbors
 
 
 def log_weights(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
-    """log softmax(-d / T) over the neighbours found: [n, k] float64, -inf where a place holds none.
+    """log softmax(-d / T + log w) over the neighbours found: [n, k] float64, -inf where a place holds none.
 
-    ``temperature``: one number or [n], above 0, in units of squared distance. A row without any neighbour is all -inf.
+    ``temperature``: one number or [n], above 0, in units of squared distance. w: the weight of a neighbour's datastore
+    where there are several, else 1. A row without any neighbour is all -inf.
     """
     per_row = torch.as_tensor(temperature, dtype=torch.float64, device=neighbors.distances.device).reshape(-1, 1)
     distances = torch.where(neighbors.found, neighbors.distances.double(), torch.inf)
     # Relative to the nearest first, so that no distance and no temperature overflows.
     nearest = distances.topk(min(1, distances.shape[1]), largest=False).values
     scores = torch.where(neighbors.found, (nearest - distances) / per_row, -torch.inf)
+    if neighbors.log_priors is not None:
+        scores = scores + neighbors.log_priors
     return torch.where(neighbors.found, scores - torch.logsumexp(scores, dim=1, keepdim=True), -torch.inf)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from knnlm.corpus import Corpus
+from knnlm.datastore.fitting import require_mixable
 from knnlm.datastore.manifest import Manifest
 from knnlm.datastore.profile import PROFILE, Profile
-from knnlm.datastore.reader import Datastore
+from knnlm.datastore.reader import Datastore, Evidence
 from knnlm.datastore.search_file import search_settings
-from knnlm.errors import StoreDamaged, StoreMismatch
+from knnlm.datastore_mix import NeighborSource, StoreMix
+from knnlm.errors import InvalidInput, StoreDamaged, StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
 from knnlm.generation import generate
 from knnlm.index import NeighborIndex, open_index
@@ -26,13 +29,37 @@ from knnlm.tokenized import TokenizedDocument, tokenize
 
 
 @dataclass(frozen=True)
+class SearchableStore:
+    """A datastore that can be searched, and the ``mixture`` that applies to it; ``mixture_source`` says where that comes from."""
+
+    store: Datastore
+    retriever: Retriever
+    mixture: Mixture
+    mixture_source: str
+
+
+@dataclass(frozen=True)
 class OpenedKNNLM:
-    """A kNN language model with the datastore it reads; ``mixture_source`` says where its settings come from."""
+    """A kNN language model with the datastore it reads."""
 
     knn_lm: KNNLanguageModel
-    store: Datastore
+    searchable: SearchableStore
     model: HFLanguageModel
-    mixture_source: str
+
+    @property
+    def store(self) -> Datastore:
+        """The datastore."""
+        return self.searchable.store
+
+    @property
+    def retriever(self) -> Retriever:
+        """What searches it."""
+        return self.searchable.retriever
+
+    @property
+    def mixture_source(self) -> str:
+        """Where the settings of the mixture come from."""
+        return self.searchable.mixture_source
 
     def next_token(self, text: str, mixture: Mixture | None = None) -> Mixed:
         """The distribution over the token that follows ``text``: ``log_probs`` [1, vocabulary] and who voted for it."""
@@ -56,6 +83,30 @@ class OpenedKNNLM:
     ) -> str:
         """Continue ``prompt``, for one request at a time; see :func:`knnlm.generation.generate`."""
         return generate(self.knn_lm, self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture)
+
+
+@dataclass(frozen=True)
+class OpenedMix:
+    """A kNN language model over several datastores, by name. ``Neighbors.stores`` numbers them in this order, from 0."""
+
+    knn_lm: KNNLanguageModel
+    stores: Mapping[str, SearchableStore]
+    model: HFLanguageModel
+
+    def next_token(self, text: str, mixture: Mixture | None = None) -> Mixed:
+        """The distribution over the token that follows ``text``, as :meth:`OpenedKNNLM.next_token` gives it."""
+        return self.knn_lm.next_token(text, mixture)
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 64, sampling: SamplingParams | None = None, mixture: Mixture | None = None
+    ) -> str:
+        """Continue ``prompt``; see :func:`knnlm.generation.generate`."""
+        return generate(self.knn_lm, self.model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture)
+
+    def evidence(self, store: int, entry: int) -> tuple[str, Evidence]:
+        """Name of the datastore of that number, and where its ``entry`` came from; as for :meth:`Datastore.evidence`."""
+        name = list(self.stores)[store]
+        return name, self.stores[name].store.evidence(entry)
 
 
 def load_tokenizer(manifest: Manifest, model: str | None = None) -> TextTokenizer:
@@ -93,32 +144,118 @@ def open_store(
     The mixture: what is given here, else the store's calibrated profile, else the defaults of :class:`Mixture`.
     ``verify`` reads every file and compares checksums first. Raises the errors of :mod:`knnlm.errors`.
     """
+    given = GivenMixture(k, temperature, weight)
     datastore = Datastore.open(store, verify=verify)
-    profile = datastore.profile
-    if profile is not None:
-        _require_same_distance(datastore, profile)
-    given = {name: value for name, value in (("k", k), ("temperature", temperature), ("weight", weight)) if value is not None}
-    mixture = replace(profile.mixture if profile else Mixture(), **given).validate()  # type: ignore[arg-type]
-    settings_from = "calibrated profile" if profile else "defaults"
-    if given:
-        settings_from = "given" if len(given) == 3 else f"{', '.join(sorted(given))} given, the rest {settings_from}"
     source = ModelSource.of(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = source.load()
+    searchable = _searchable(datastore, device, given, loaded.dtype)
+    return OpenedKNNLM(_knn_lm(loaded, searchable, searchable.retriever), searchable, loaded)
+
+
+def open_mix(
+    stores: Mapping[str, str | Path],
+    *,
+    weights: Mapping[str, float] | None = None,
+    model: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    k: int | None = None,
+    temperature: float | None = None,
+    weight: float | None = None,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> OpenedMix:
+    """Open several datastores, by name, with their model, and mix them: k neighbours from each share one softmax.
+
+    ``weights``: how much the neighbours of a datastore count relative to those of others, by its name (1 where not
+    named); the rest as for :func:`open_store`, with defaults from the first one. Raises :class:`StoreMismatch` for
+    datastores that can't be mixed, and the errors of :mod:`knnlm.errors`.
+    """
+    weights = dict(weights or {})
+    if not stores:
+        raise InvalidInput("stores", "is empty, but must name at least one datastore.")
+    if unknown := sorted(set(weights) - set(stores)):
+        raise InvalidInput("weights", f"names {', '.join(unknown)}, but the datastores are {', '.join(stores)}.")
+    opened = {name: Datastore.open(path, verify=verify) for name, path in stores.items()}
+    require_mixable({name: store.manifest for name, store in opened.items()})
+    manifest = next(iter(opened.values())).manifest
+    loaded = ModelSource.of(manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code).load()
+    given = GivenMixture(k, temperature, weight)
+    searchable = {name: _searchable(store, device, given, loaded.dtype) for name, store in opened.items()}
+    mix = StoreMix([part.retriever for part in searchable.values()], [weights.get(name, 1.0) for name in searchable])
+    return OpenedMix(_knn_lm(loaded, next(iter(searchable.values())), mix), searchable, loaded)
+
+
+def open_searchable(
+    store: str | Path,
+    *,
+    dtype: str,
+    device: str = "cpu",
+    k: int | None = None,
+    temperature: float | None = None,
+    weight: float | None = None,
+    verify: bool = False,
+) -> SearchableStore:
+    """Open the datastore at ``store`` with its index and no model, for one that is loaded already and computes in
+    ``dtype``; see :func:`open_store`."""
+    return _searchable(Datastore.open(store, verify=verify), device, GivenMixture(k, temperature, weight), dtype)
+
+
+@dataclass(frozen=True)
+class GivenMixture:
+    """Settings of the mixture that a caller chose; None: the datastore's."""
+
+    k: int | None = None
+    temperature: float | None = None
+    weight: float | None = None
+
+
+def _mixture(store: Datastore, given: GivenMixture) -> tuple[Mixture, str]:
+    """The mixture that applies, and where it comes from."""
+    profile = store.profile
+    chosen = {name: value for name, value in vars(given).items() if value is not None}
+    mixture = replace(profile.mixture if profile else Mixture(), **chosen).validate()
+    settings_from = "calibrated profile" if profile else "defaults"
+    if chosen:
+        settings_from = "given" if len(chosen) == 3 else f"{', '.join(sorted(chosen))} given, the rest {settings_from}"
+    return mixture, settings_from
+
+
+def _searchable(datastore: Datastore, device: str, given: GivenMixture, dtype: str) -> SearchableStore:
+    mixture, mixture_source = _mixture(datastore, given)
     datastore, index = _with_index(datastore, device)
-    text = datastore.manifest.text
-    tokenizer = loaded.tokenizer(text.bos, text.eos)  # type: ignore[arg-type]
+    if datastore.profile is not None and None in vars(given).values():
+        require_profile_fits(datastore, datastore.profile, dtype, index)
     retriever = Retriever(index, datastore.keys, datastore.values, search_settings(datastore, index), datastore.allowed)
-    return OpenedKNNLM(KNNLanguageModel(loaded, tokenizer, retriever, mixture), datastore, loaded, settings_from)
+    return SearchableStore(datastore, retriever, mixture, mixture_source)
 
 
-def _require_same_distance(store: Datastore, profile: Profile) -> None:
-    """A temperature that fits one kind of distance makes another distribution of the other."""
-    distance = "exact" if store.manifest.key.stored else "index"
-    if profile.distance != distance:
-        raise StoreMismatch(
-            f"{store.path / PROFILE} was calibrated with distances of the kind {profile.distance!r}, but those of this datastore are "
-            f"{distance!r}; calibrate it again, or delete the file."
-        )
+def _knn_lm(model: HFLanguageModel, first: SearchableStore, source: NeighborSource) -> KNNLanguageModel:
+    text = first.store.manifest.text
+    return KNNLanguageModel(model, model.tokenizer(text.bos, text.eos), source, first.mixture)  # type: ignore[arg-type]
+
+
+def profile_facts(store: Datastore, dtype: str, index: NeighborIndex) -> dict[str, str]:
+    """What a profile belongs to beside its kind of distance: with another of these, the same settings make another mixture."""
+    manifest = store.manifest
+    return {
+        # Without the device: results are those of the CPU.
+        "index": index.description.rpartition(" (")[0],
+        "model": manifest.model.fingerprint.weights,
+        "key_layer": manifest.key.layer.kind,
+        "dtype": dtype,
+    }
+
+
+def require_profile_fits(store: Datastore, profile: Profile, dtype: str, index: NeighborIndex) -> None:
+    """Raise :class:`StoreMismatch`, naming the difference, for a profile that was calibrated with something else."""
+    facts = {"distance": "exact" if store.manifest.key.stored else "index", **profile_facts(store, dtype, index)}
+    for name, calibrated in {"distance": profile.distance, **profile.belongs}.items():
+        if (found := facts.get(name)) != calibrated:
+            raise StoreMismatch(
+                f"{store.path / PROFILE} was calibrated with the {name.replace('_', ' ')} {calibrated!r}, but it is {found!r} now; "
+                "calibrate again (knnlm calibrate), give k, temperature and weight, or delete the file."
+            )
 
 
 def _with_index(opened: Datastore, device: str) -> tuple[Datastore, NeighborIndex]:

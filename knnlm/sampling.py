@@ -6,20 +6,18 @@ invariant to a shift of the logits, so this is part of the definition (see ``doc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from knnlm.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request draws its tokens. Steps are taken in the order of the fields, as in Hugging Face ``generate``.
+    """How one request draws its tokens. Steps are taken in the order of the fields, which is that of ``generate`` of transformers.
 
     ``logit_bias``: (token id, what is added to its log-probability). ``repetition_penalty``: above 1 makes tokens of the
     prompt and completion less likely (Keskar et al., 2019, CTRL); 1 = off. ``frequency_penalty`` and
@@ -51,65 +49,17 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, f"{prefix}top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, f"{prefix}min_p", self.min_p, "from 0 to 1")
         _require(0 < self.typical_p <= 1, f"{prefix}typical_p", self.typical_p, "above 0 and at most 1")
-        _require(0 < self.repetition_penalty < math.inf, f"{prefix}repetition_penalty", self.repetition_penalty, "above 0, and finite")
+        usable = 1e-6 <= self.repetition_penalty <= 1e6
+        _require(usable, f"{prefix}repetition_penalty", self.repetition_penalty, "from 1e-6 to 1e6")
         for name in ("frequency_penalty", "presence_penalty"):
             _require(-100 <= getattr(self, name) <= 100, f"{prefix}{name}", getattr(self, name), "from -100 to 100")
         for token, bias in self.logit_bias:
             _require(-100 <= bias <= 100, f"{prefix}logit_bias[{token}]", bias, "from -100 to 100")
+        for number, word in enumerate(self.bad_words):
+            _require(len(word) > 0, f"{prefix}bad_words[{number}]", "without tokens", "of 1 token or more")
         return self
 
 
 def _require(condition: bool, field: str, found: object, wanted: str) -> None:
     if not condition:
         raise InvalidInput(field, f"is {found}, but must be {wanted}.")
-
-
-def process(log_probs: Tensor, params: SamplingParams, history: Sequence[int]) -> Tensor:
-    """Log-probabilities (not normalised) after penalties, temperature and truncation.
-
-    ``log_probs`` [vocabulary] float, normalised; ``history`` the token ids of prompt and completion so far. The
-    processors are those of transformers, so that a result here is a result there. At temperature 0 only the
-    repetition penalty applies.
-    """
-    import torch
-    from transformers import (
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    scores: Any = log_probs[None]
-    ids: Any = torch.as_tensor(history, dtype=torch.long, device=log_probs.device)[None]
-    if params.repetition_penalty != 1.0 and history:
-        scores = RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty))(ids, scores)
-    if params.temperature not in (0.0, 1.0):
-        scores = TemperatureLogitsWarper(float(params.temperature))(ids, scores)
-    if params.temperature > 0.0:
-        if params.top_k:
-            scores = TopKLogitsWarper(top_k=min(params.top_k, scores.shape[-1]))(ids, scores)
-        if params.top_p < 1.0:
-            scores = TopPLogitsWarper(top_p=float(params.top_p))(ids, scores)
-        if params.min_p > 0.0:
-            scores = MinPLogitsWarper(min_p=float(params.min_p))(ids, scores)
-    processed: Tensor = scores[0]
-    return processed
-
-
-def sample(log_probs: Tensor, params: SamplingParams, history: Sequence[int], uniform: float) -> int:
-    """The next token id.
-
-    ``log_probs`` [vocabulary] float, normalised; ``uniform`` a number in [0, 1) that decides the draw: the token is the
-    first at which the cumulative probability (float64, in order of token id) exceeds it. Temperature 0 takes the most
-    probable token, the smallest id among equals, and ignores ``uniform``.
-    """
-    import torch
-
-    scores = process(log_probs, params, history)
-    if params.temperature == 0.0:
-        return int(scores.argmax())
-    cumulative = torch.softmax(scores.double(), dim=-1).cumsum(-1)
-    threshold = torch.tensor([uniform], dtype=torch.float64, device=cumulative.device) * cumulative[-1]
-    index = torch.searchsorted(cumulative, threshold, right=True)
-    return int(index.clamp(max=int(torch.isfinite(scores).nonzero()[-1])))

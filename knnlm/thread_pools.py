@@ -29,6 +29,22 @@ def thread_facts() -> Threads:
     return Threads(len(os.sched_getaffinity(0)), torch.get_num_threads(), found, os.environ.get("OMP_WAIT_POLICY"))
 
 
+def available_threads() -> int:
+    """How many each pool may have: what OMP_NUM_THREADS says, else the cores that this process may run on."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else len(os.sched_getaffinity(0))
+
+
+def size_thread_pools(threads: int) -> None:
+    """Give torch and FAISS that many threads each. For the calling thread: FAISS counts them for each thread by itself."""
+    torch.set_num_threads(threads)
+    try:
+        import faiss
+    except ImportError:
+        return
+    faiss.omp_set_num_threads(threads)
+
+
 def thread_changes(threads: Threads) -> list[str]:
     """What to change about the pools; each of torch and FAISS has one of its own."""
     changes = []

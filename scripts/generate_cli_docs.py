@@ -94,7 +94,7 @@ def _command(info: CommandInfo) -> Iterator[str]:
     usage = [
         "knnlm",
         name,
-        *(p.name for p in arguments),
+        *(p.name if p.required else f"[{p.name}]" for p in arguments),
         *(f"{p.name} {p.value.split(',')[0]}" for p in options if p.required),
         "[OPTIONS]",
     ]

@@ -93,12 +93,13 @@ def build(
     from dataclasses import replace
 
     from knnlm import console, inspection
+    from knnlm.byte_sizes import parse_bytes
     from knnlm.corpus import Corpus
     from knnlm.datastore.manifest import Manifest
     from knnlm.datastore.reader import Datastore
     from knnlm.model_source import ModelSource
     from knnlm_index_builder.executors import ProcessExecutor
-    from knnlm_index_builder.machine import parse_bytes, total_memory
+    from knnlm_index_builder.machine import total_memory
     from knnlm_index_builder.pipeline import append_documents, build_datastore
     from knnlm_index_builder.settings import BuildSettings, Resources
 
@@ -188,9 +189,10 @@ def compact(
     No model is needed. Killed or interrupted, the same command goes on; until it is done readers see the store as it was.
     """
     from knnlm import console, inspection
+    from knnlm.byte_sizes import parse_bytes
     from knnlm.datastore.reader import Datastore
     from knnlm_index_builder.compaction import compact as run
-    from knnlm_index_builder.machine import parse_bytes, total_memory
+    from knnlm_index_builder.machine import total_memory
     from knnlm_index_builder.settings import Resources
 
     before = Datastore.open(store).manifest

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import resource
 import shutil
 import sys
 from pathlib import Path
 
 from knnlm.console import size
-from knnlm.errors import InvalidInput
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 
 
 def total_memory() -> int:
@@ -34,15 +31,6 @@ def free_disk(folder: Path) -> int:
     """Bytes that are free where ``folder`` is, or would be made."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
-
-
-def parse_bytes(field: str, text: str) -> int:
-    """``8GB``, ``512MiB``, ``1000000`` as bytes; raises :class:`InvalidInput` naming ``field``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
-    if size < 1:
-        raise InvalidInput(field, f"is {text!r}, but must be a size such as 8GB, 512MiB or 1000000 (bytes).")
-    return size
 
 
 def require_free(folder: Path, needed: int, what: str) -> None:

@@ -51,6 +51,10 @@ class DocumentRecord:
     metadata: dict[str, Any]
     serial: int
 
+    def line_of(self, character: int) -> int:
+        """Number, from 1, of the line in which a character stands."""
+        return int(np.searchsorted(np.asarray(self.line_starts), character, side="right")) or 1
+
 
 class DocumentWriter:
     """Writes the table row by row in batches, so memory does not grow with the corpus."""
@@ -161,6 +165,10 @@ class DocumentTable:
     def of_entry(self, entry: int) -> int:
         """Number of the document that an entry belongs to."""
         return int(np.searchsorted(self._entry_starts, entry, side="right")) - 1
+
+    def of_entries(self, entries: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """:meth:`of_entry` for many: [m]."""
+        return np.searchsorted(self._entry_starts, entries, side="right") - 1
 
     def position_of_entry(self, entry: int) -> int:
         """Corpus position of an entry's value token."""

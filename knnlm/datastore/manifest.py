@@ -49,6 +49,11 @@ class KeyFacts:
         """Whether keys are in the store."""
         return self.dtype != "none"
 
+    @property
+    def distance(self) -> str:
+        """The kind of its distances: ``exact``, measured from the stored keys, or ``index``, the index's own."""
+        return "exact" if self.stored else "index"
+
 
 @dataclass(frozen=True)
 class TextFacts:

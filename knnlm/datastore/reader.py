@@ -184,7 +184,7 @@ class Datastore:
         if self.spans is not None:
             first, last = self.spans.slice(position, position + 1)[0].tolist()
             characters = (first, last)
-            line = int(np.searchsorted(np.asarray(document.line_starts), first, side="right")) or 1
+            line = document.line_of(first)
         return Evidence(
             entry, int(self.values.slice(entry, entry + 1)[0]), document, characters, line, self.tokens.slice(start, position).tolist()
         )

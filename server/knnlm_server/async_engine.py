@@ -9,25 +9,29 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import knnlm
-from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidInput, KNNLMError
-from knnlm.knn_lm import KNNLanguageModel
 from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
+from knnlm.thread_pools import available_threads, size_thread_pools, thread_changes, thread_facts
 from knnlm.tokenization import TextTokenizer
+from knnlm_server.datastores import Datastores, StoreOptions
 from knnlm_server.engine import DecodingEngine, Output
 from knnlm_server.errors import EngineFailed, ShuttingDown
+from knnlm_server.scheduler import STEP_TOKENS
 from knnlm_server.sequence import (
-    DatastoreInfo,
     FinishEvent,
     GenerationRequest,
     Limits,
     RetrievalParams,
+    RetrieveRequest,
+    RetrieveResult,
     ScoreRequest,
     ScoreResult,
     ServerInfo,
@@ -35,10 +39,12 @@ from knnlm_server.sequence import (
     TokenEvent,
 )
 from knnlm_server.serving_check import check_servable
+from knnlm_server.store_watch import SECONDS_BETWEEN_LOOKS
+from knnlm_server.telemetry import EngineObserver
 
 logger = logging.getLogger(__name__)
 
-Content = TokenEvent | FinishEvent | ScoreResult | KNNLMError
+Content = TokenEvent | FinishEvent | ScoreResult | RetrieveResult | KNNLMError
 Command = Callable[[DecodingEngine], None]
 
 
@@ -51,11 +57,18 @@ class _Listener:
 
 
 class AsyncEngine:
-    """A :class:`DecodingEngine` on its own thread, for asyncio. The server's :class:`~knnlm_server.engine_protocol.Engine`."""
+    """A :class:`DecodingEngine` on its own thread, for asyncio. The server's :class:`~knnlm_server.engine_protocol.Engine`.
 
-    def __init__(self, knn_lm: KNNLanguageModel, model: HFLanguageModel, store: Datastore, info: ServerInfo) -> None:
-        self._parts = (knn_lm, model, store, info.limits)
-        self._info, self._tokenizer = info, knn_lm.tokenizer
+    ``info``: what is told of the server, but for its datastores. ``threads`` that torch and FAISS each have on the engine's
+    thread (None: as they are). ``engine_options``: further ones of :class:`DecodingEngine`.
+    """
+
+    def __init__(
+        self, model: HFLanguageModel, tokenizer: TextTokenizer, datastores: Datastores, info: ServerInfo, *, threads: int | None = None,
+        **engine_options: Any,
+    ) -> None:  # fmt: skip
+        self._model, self._tokenizer, self._datastores, self._info = model, tokenizer, datastores, info
+        self._threads, self._engine_options = threads, engine_options
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread: threading.Thread | None = None
@@ -69,13 +82,20 @@ class AsyncEngine:
         return self._tokenizer
 
     @property
+    def datastores(self) -> Datastores:
+        """The datastores that are served, to be changed while requests run."""
+        return self._datastores
+
+    @property
     def info(self) -> ServerInfo:
-        """What is served, the limits in force and the default mixture."""
-        return self._info
+        """What is served now, the limits in force and the resolved configuration."""
+        return replace(self._info, datastores=self._datastores.info)
 
     def start(self) -> None:
-        """Warm the model up and begin to work."""
-        engine = DecodingEngine(*self._parts)
+        """Warm model and datastores up and begin to work."""
+        self._size_pools()
+        engine = DecodingEngine(self._model, self._tokenizer, self._datastores, self._info.limits, **self._engine_options)
+        self._datastores.warm_up()
         self._warm_up(engine)
         self._thread = threading.Thread(target=self._run, args=(engine,), name="knnlm-engine", daemon=True)
         self._open = True
@@ -89,33 +109,45 @@ class AsyncEngine:
             self._thread.join()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        """Token events, then one finish event; closing the generator cancels the request.
+        """Token events, and one finish event for each sample; closing the generator cancels the request.
 
-        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait.
+        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait, and
+        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known.
         """
         listener = self._submit(request.request_id, lambda engine: engine.add(request))
+        running = request.samples
         try:
-            while True:
+            while running:
                 content = await listener.contents.get()
                 if isinstance(content, KNNLMError):
                     raise content
                 assert isinstance(content, TokenEvent | FinishEvent)
+                running -= isinstance(content, FinishEvent)
                 yield content
-                if isinstance(content, FinishEvent):
-                    return
         finally:
             self._leave(request.request_id)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Log-probabilities of given tokens; cancelling the task cancels the request."""
-        listener = self._submit(request.request_id, lambda engine: engine.add_score(request))
+        result = await self._result(request.request_id, lambda engine: engine.add_score(request))
+        assert isinstance(result, ScoreResult)
+        return result
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResult:
+        """Neighbours of a context; cancelling the task cancels the request."""
+        result = await self._result(request.request_id, lambda engine: engine.add_retrieve(request))
+        assert isinstance(result, RetrieveResult)
+        return result
+
+    async def _result(self, request_id: str, command: Command) -> Content:
+        """The one thing that a request is answered with."""
+        listener = self._submit(request_id, command)
         try:
             content = await listener.contents.get()
         finally:
-            self._leave(request.request_id)
+            self._leave(request_id)
         if isinstance(content, KNNLMError):
             raise content
-        assert isinstance(content, ScoreResult)
         return content
 
     def _submit(self, request_id: str, command: Command) -> _Listener:
@@ -146,9 +178,15 @@ class AsyncEngine:
         with self._door:
             self._open = False
 
+    def _size_pools(self) -> None:
+        """For the calling thread: FAISS counts them for each thread by itself."""
+        if self._threads is not None:
+            size_thread_pools(self._threads)
+
     def _run(self, engine: DecodingEngine) -> None:
         """The thread's whole life; however it ends, nobody is left waiting."""
         try:
+            self._size_pools()
             self._work(engine)
         except Exception:
             logger.critical("the engine's thread failed; the server must be started again", exc_info=True)
@@ -169,13 +207,24 @@ class AsyncEngine:
     def _obey(self, engine: DecodingEngine) -> bool:
         """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end."""
         while True:
+            idle = engine.idle
             try:
-                command = self._commands.get(block=engine.idle)
+                command = self._commands.get(block=idle, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                self._look(engine)
+                continue
             if command is None:
                 return False
             command(engine)
+
+    def _look(self, engine: DecodingEngine) -> None:
+        """Between requests too, since what is told of datastores is what was seen last."""
+        try:
+            engine.look()
+        except Exception:
+            logger.exception("removals from datastores can't be looked for")
 
     def _tell(self, contents: Sequence[tuple[str, Content]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, Content]]] = {}
@@ -191,12 +240,10 @@ class AsyncEngine:
 
     def _warm_up(self, engine: DecodingEngine) -> None:
         """Two tokens for a short prompt: every part runs once before the first request."""
-        retrieval = self._info.datastores[0].default_retrieval
-        engine.add(
-            GenerationRequest(
-                "warm-up", (0, 0), SamplingParams(temperature=0.0), StoppingParams(max_new_tokens=2, ignore_eos=True), retrieval
-            )
-        )
+        served = self._datastores.info
+        retrieval = served[0].default_retrieval if served else RetrievalParams(0.0, 1, 1.0)
+        stopping = StoppingParams(max_new_tokens=2, ignore_eos=True)
+        engine.add(GenerationRequest("warm-up", (0, 0), SamplingParams(temperature=0.0), stopping, retrieval))
         outputs: list[Output] = []
         while not engine.idle:
             outputs += engine.step()
@@ -211,33 +258,55 @@ def _deliver(deliveries: list[tuple[_Listener, Content]]) -> None:
 
 
 def build_async_engine(
-    store: Path,
+    stores: Mapping[str, Path],
     *,
     model: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     max_concurrent: int = 8,
     context: int | None = None,
+    limits: Mapping[str, Any] | None = None,
+    step_tokens: int = STEP_TOKENS,
     weight: float | None = None,
     k: int | None = None,
     knn_temperature: float | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
     allow_unproven: bool = False,
+    threads: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    observer: EngineObserver | None = None,
 ) -> AsyncEngine:
-    """Open the store with its model and index, check that the model can be served, and put an engine around them.
+    """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
 
-    ``context``: most tokens of prompt and completion (None: the model's context). ``allow_unproven`` serves a model
-    whose batched decoding was not shown to equal decoding alone. Raises the errors of :mod:`knnlm.errors`.
+    ``context``: most tokens of prompt and completion (None: the model's context). ``limits``: other fields of :class:`Limits`
+    by name. ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
+    ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
+    of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
+    errors of :mod:`knnlm.errors`.
     """
+    if not stores:
+        raise InvalidInput("stores", "is empty, but the first datastore says which model is served.")
+    threads = available_threads() if threads is None else threads
+    size_thread_pools(threads)
+    for change in thread_changes(thread_facts()):
+        logger.warning("%s", change)
+    (name, path), *others = stores.items()
     opened = open_store(
-        store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
-        trust_remote_code=trust_remote_code,
+        path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
+        k=k, temperature=knn_temperature, weight=weight,
     )  # fmt: skip
-    limits = Limits(context=_context(opened.model, context), max_concurrent=max_concurrent)
+    made = Limits(**{**(limits or {}), "context": _context(opened.model, context), "max_concurrent": max_concurrent})
     if not allow_unproven:
-        check_servable(opened.model, limits.context)
-    return AsyncEngine(opened.knn_lm, opened.model, opened.store, _info(opened, limits))
+        check_servable(opened.model, made.context)
+    options = StoreOptions(device, k, knn_temperature, weight, verify)
+    datastores = Datastores(opened.model, opened.knn_lm.tokenizer, options)
+    datastores.serve(name, opened.searchable)
+    for other, its_path in others:
+        datastores.load(other, its_path)
+    facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
+    info = _info(opened, made, {**facts, **(settings or {})})
+    return AsyncEngine(opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer)
 
 
 def _context(model: HFLanguageModel, context: int | None) -> int:
@@ -246,27 +315,15 @@ def _context(model: HFLanguageModel, context: int | None) -> int:
     return context or model.context
 
 
-def _info(opened: OpenedKNNLM, limits: Limits) -> ServerInfo:
-    manifest, mixture = opened.store.manifest, opened.knn_lm.mixture
-    datastore = DatastoreInfo(
-        name="default",
-        fingerprint=manifest.fingerprint,
-        entries=manifest.live_entries,
-        documents=manifest.live_documents,
-        index=opened.knn_lm.retriever.index.description,
-        key_layer=f"{manifest.key.layer.kind} ({manifest.key.layer.module})",
-        key_dimension=manifest.key.dimension,
-        distance=opened.knn_lm.retriever.distance,
-        default_retrieval=RetrievalParams(mixture.weight, mixture.k, mixture.temperature),
-        defaults_source=opened.mixture_source,
-    )
+def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> ServerInfo:
+    facts = opened.store.manifest.model
     return ServerInfo(
         version=knnlm.__version__,
         model=opened.model.name,
-        model_fingerprint=manifest.model.fingerprint.weights,
-        tokenizer_fingerprint=manifest.model.fingerprint.tokenizer,
-        vocabulary_size=manifest.model.vocabulary_size,
-        datastores=(datastore,),
+        model_fingerprint=facts.fingerprint.weights,
+        tokenizer_fingerprint=facts.fingerprint.tokenizer,
+        vocabulary_size=facts.vocabulary_size,
+        datastores=(),
         limits=limits,
-        settings={"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention},
+        settings=settings,
     )

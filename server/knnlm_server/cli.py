@@ -9,76 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knnlm.cli import Device, Dtype, Json, Model, Store, TrustRemoteCode, Verify
+from knnlm.cli import Json
 from knnlm.errors import InvalidInput
+from knnlm_server import configuration
+from knnlm_server.serve_command import serve
 
 if TYPE_CHECKING:
-    from knnlm_server.app import GenerationServer
     from knnlm_server.client import GenerationOptions
-    from knnlm_server.engine_protocol import Engine
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's subcommands to the command ``knnlm``."""
-    app.command()(serve)
+    app.command(context_settings={"auto_envvar_prefix": configuration.PREFIX})(serve)
     app.command()(generate)
-
-
-def serve(
-    store: Store,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests that generate at the same time; others wait.")] = 8,
-    max_context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context")
-    ] = None,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get when the server is stopped.")] = 30.0,
-    k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
-    knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="profile or 10")] = None,
-    weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="profile or 0.2")] = None,
-    allow_unproven: Annotated[
-        bool, typer.Option("--allow-unproven", help="Serve a model whose batched decoding was not shown to equal decoding alone.")
-    ] = False,
-    model: Model = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    verify: Verify = False,
-) -> None:
-    """Serve a datastore and its model over gRPC: generation, streaming, scoring, health, reflection.
-
-    Prints the line "listening on HOST:PORT" when it takes requests. SIGTERM or Ctrl-C lets running requests finish
-    within --grace seconds; a second one ends it at once. --k, --knn-temperature and --weight are for requests that set none.
-    """
-    import asyncio
-    import logging
-
-    from knnlm_server import app
-
-    def engine() -> Engine:
-        # Imported here, so that an address that can't be used is refused at once.
-        from knnlm.console import quiet_transformers
-        from knnlm_server.async_engine import build_async_engine
-
-        quiet_transformers()
-        return build_async_engine(
-            store,
-            model=model,
-            device=device,
-            dtype=dtype,
-            max_concurrent=max_concurrent,
-            context=max_context,
-            weight=weight,
-            k=k,
-            knn_temperature=knn_temperature,
-            verify=verify,
-            trust_remote_code=trust_remote_code,
-            allow_unproven=allow_unproven,
-        )
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("knnlm_server").setLevel(logging.INFO)
-    asyncio.run(app.serve(engine, host, port, grace=grace, on_ready=_announce))
 
 
 def generate(
@@ -171,7 +114,3 @@ def _complete(prompt: str, target: str, timeout: float | None, options: Generati
             console.print_json(display.completion_fields(client.generate(prompt, timeout=timeout, **options)))
         else:
             display.show_stream(prompt, client.stream(prompt, timeout=timeout, **options), console.out)
-
-
-def _announce(server: GenerationServer) -> None:
-    print(f"listening on {server.address}", flush=True)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from knnlm.datastore.reader import Datastore
-from knnlm.knn_lm import KNNLanguageModel, Mixed
+from knnlm.datastore_mix import retrieve_union
+from knnlm.knn_lm import KNNLanguageModel, Mixed, mix_neighbors
 from knnlm.model import HFLanguageModel
-from knnlm.sampling import sample
+from knnlm.tokenization import TextTokenizer
 from knnlm_server.completion import Completion
+from knnlm_server.datastores import Datastores
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
+from knnlm_server.lookup import Lookup
 from knnlm_server.prefix_blocks import BLOCK_TOKENS
+from knnlm_server.row_sampling import draw_rows
 from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler
 from knnlm_server.scorings import Scorings
 from knnlm_server.sequence import (
@@ -29,13 +33,14 @@ from knnlm_server.sequence import (
     FinishReason,
     GenerationRequest,
     Limits,
+    RetrieveRequest,
     RetrieveResult,
     ScoreRequest,
     ScoreResult,
     TokenEvent,
 )
+from knnlm_server.served_stores import shares_of
 from knnlm_server.step_meter import StepMeter
-from knnlm_server.store_watch import StoreWatch
 from knnlm_server.telemetry import EngineObserver, Unobserved
 from knnlm_server.token_events import TokenReporter
 
@@ -46,31 +51,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Output:
-    """Something for one request: an event, the result of scoring, or the error that ended it."""
+    """Something for one request: an event, the result of scoring or of retrieval, or the error that ended it."""
 
     request_id: str
     content: TokenEvent | FinishEvent | ScoreResult | RetrieveResult | EngineFailed
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """Rows that get a token in this step: their sequences, logits [n, vocabulary] and keys [n, dimension]."""
+S = TypeVar("S", Completion, Completion | Lookup)
 
-    sequences: list[Completion]
+
+@dataclass(frozen=True)
+class _Ready(Generic[S]):
+    """Rows whose text is read to its end in this step: their sequences, logits [n, vocabulary] and keys [n, dimension]."""
+
+    sequences: list[S]
     logits: Tensor
     keys: Tensor
 
     @staticmethod
-    def join(parts: list[_Ready]) -> _Ready:
+    def join(parts: list[_Ready[S]]) -> _Ready[S]:
         """The rows of all parts, in their order."""
         if len(parts) == 1:
             return parts[0]
         sequences = [sequence for part in parts for sequence in part.sequences]
         return _Ready(sequences, torch.cat([part.logits for part in parts]), torch.cat([part.keys for part in parts]))
 
-    def rows(self, rows: list[int]) -> _Ready:
+    def rows(self, rows: list[int]) -> _Ready[S]:
         """Some of the rows."""
         return _Ready([self.sequences[row] for row in rows], self.logits[rows], self.keys[rows])
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A row's next token, and the one that the base model alone would have drawn; or what went wrong with that row."""
+
+    token: int | Exception
+    alone: int | Exception
+
+
+def _said(token: int | Exception) -> int:
+    if isinstance(token, Exception):
+        raise token
+    return token
+
+
+def _completions(ready: _Ready[Completion | Lookup], lm: Tensor, mixed: Mixed) -> tuple[_Ready[Completion], Tensor, Mixed]:
+    """The rows that get a token."""
+    sequences = [sequence for sequence in ready.sequences if isinstance(sequence, Completion)]
+    if len(sequences) == len(ready.sequences):
+        return _Ready(sequences, ready.logits, ready.keys), lm, mixed
+    rows = [row for row, sequence in enumerate(ready.sequences) if isinstance(sequence, Completion)]
+    return _Ready(sequences, ready.logits[rows], ready.keys[rows]), lm[rows], mixed.rows(rows)
 
 
 class DecodingEngine:
@@ -83,9 +114,9 @@ class DecodingEngine:
 
     def __init__(
         self,
-        knn_lm: KNNLanguageModel,
         model: HFLanguageModel,
-        store: Datastore,
+        tokenizer: TextTokenizer,
+        datastores: Datastores,
         limits: Limits,
         step_tokens: int = STEP_TOKENS,
         *,
@@ -94,15 +125,14 @@ class DecodingEngine:
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._knn_lm, self._model, self._store, self._limits, self._step_tokens = knn_lm, model, store, limits, step_tokens
+        self._model, self._tokenizer, self._datastores, self._limits, self._step_tokens = model, tokenizer, datastores, limits, step_tokens
         self._prefix_bytes, self._block_tokens = prefix_bytes, block_tokens
         self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
         self._observer_failed = False
-        self._watch = StoreWatch(store)
-        self._tokenizer, self._eos_ids = knn_lm.tokenizer, model.eos_ids
-        self._requests: dict[str, list[Completion]] = {}  # of each request the samples that have not ended
+        self._eos_ids = model.eos_ids
+        self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
         self._scorings = Scorings()
-        self._reporter = TokenReporter(self._tokenizer, store, "default")
+        self._reporter = TokenReporter(tokenizer, datastores.numbered)
         self._start_over()
 
     @property
@@ -111,14 +141,31 @@ class DecodingEngine:
         return self._scheduler.idle and not self._scorings
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request; raises :class:`~knnlm_server.errors.QueueFull`."""
-        samples = [Completion(request, number, self._tokenizer) for number in range(request.samples)]
-        self._scheduler.add(samples)
-        self._requests[request.request_id] = samples
+        """Queue a request, which keeps the datastores that it chooses now.
+
+        Raises :class:`~knnlm_server.errors.QueueFull` and :class:`~knnlm_server.errors.DatastoreNotLoaded`.
+        """
+        stores = self._datastores.choose(request.retrieval)
+        documents = self._limits.max_evidence_documents
+        self._add(request.request_id, [Completion(request, n, self._tokenizer, stores, documents) for n in range(request.samples)])
+
+    def add_retrieve(self, request: RetrieveRequest) -> None:
+        """Queue a context whose neighbours are wanted; as :meth:`add`."""
+        self._add(request.request_id, [Lookup(request, self._datastores.choose(request.retrieval))])
+
+    def _add(self, request_id: str, sequences: Sequence[Completion | Lookup]) -> None:
+        self._scheduler.add(sequences)
+        self._requests[request_id] = list(sequences)
 
     def add_score(self, request: ScoreRequest) -> None:
-        """Queue a text to be scored; its windows take turns with decoding steps."""
-        self._scorings.add(request, self._knn_lm, self._store.manifest.windowing)
+        """Queue a text to be scored; its windows take turns with decoding steps. Raises as :meth:`add` for its datastores."""
+        stores = self._datastores.choose(request.retrieval)
+        knn_lm = KNNLanguageModel(self._model, self._tokenizer, stores.mix)
+        self._scorings.add(request, knn_lm, self._datastores.windowing(request.retrieval))
+
+    def look(self) -> None:
+        """Take over what was removed from datastores; every step does, so this is for the time between requests."""
+        self._datastores.look()
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, wherever it is; its rows are free for the next step. Unknown ids are done already."""
@@ -130,7 +177,7 @@ class DecodingEngine:
         """One forward pass for each group of rows, one search for all, one token for each row that is ready."""
         with self._meter.measure("step"):
             # Before anything is searched: what a step finds, its evidence may show.
-            self._watch.look()
+            self.look()
             outputs = self._end_expired()
             groups = self._scheduler.schedule()
             self._tell_admissions(groups)
@@ -153,13 +200,14 @@ class DecodingEngine:
         self._cache = SlotCache(
             self._model.layers, self._limits.max_concurrent, self._limits.context, self._prefix_bytes, self._block_tokens
         )
-        self._scheduler: Scheduler[Completion] = Scheduler(self._cache, self._limits, self._step_tokens)
+        self._scheduler: Scheduler[Completion | Lookup] = Scheduler(self._cache, self._limits, self._step_tokens)
         self._requests.clear()
         self._scorings.clear()
 
     def _end_expired(self) -> list[Output]:
         """End what has run out of time with what there is."""
-        return [output for completion in self._scheduler.expired(self._clock()) for output in self._end(completion, FinishReason.TIME)]
+        over = [sequence for sequence in self._scheduler.expired(self._clock()) if isinstance(sequence, Completion)]
+        return [output for completion in over for output in self._end(completion, FinishReason.TIME)]
 
     def _end(self, completion: Completion, reason: FinishReason) -> list[Output]:
         """End one sample, and its request where it is the last; an error ends the request."""
@@ -184,7 +232,7 @@ class DecodingEngine:
         self.cancel(request_id)
         return [Output(request_id, EngineFailed.of(error))]
 
-    def _tell_admissions(self, groups: list[RowGroup[Completion]]) -> None:
+    def _tell_admissions(self, groups: list[RowGroup[Completion | Lookup]]) -> None:
         """Tell of requests whose first sample begins to be read with this step."""
         for completion in (completion for group in groups for completion in group.sequences if not completion.started):
             completion.started = True
@@ -209,13 +257,13 @@ class DecodingEngine:
                 logger.exception("the engine's observer failed; its counts are not complete")
             self._observer_failed = True
 
-    def _forward(self, group: RowGroup[Completion]) -> _Ready | None:
+    def _forward(self, group: RowGroup[Completion | Lookup]) -> _Ready[Completion | Lookup] | None:
         """Run the rows of a group; return those whose prompt is now read to its end."""
         self._meter.count("prompt_tokens", sum(count for s, count in zip(group.sequences, group.counts, strict=True) if not s.generated))
         with self._meter.measure("forward"):
             return self._run(group)
 
-    def _run(self, group: RowGroup[Completion]) -> _Ready | None:
+    def _run(self, group: RowGroup[Completion | Lookup]) -> _Ready[Completion | Lookup] | None:
         device, sequences, counts, widest = self._model.device, list(group.sequences), group.counts, max(group.counts)
         starts = torch.tensor([sequence.computed for sequence in sequences])
         positions, mask = self._cache.place(group.start, starts.to(device), torch.tensor(counts).to(device))
@@ -236,23 +284,20 @@ class DecodingEngine:
         logits, keys = out.logits[ready, [columns.index(column) for column in last]], out.keys[ready, last]
         return _Ready([sequences[row] for row in ready], logits.float().cpu(), keys.float().cpu())
 
-    def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
-        with self._meter.measure("retrieval"):
-            return self._search_and_mix(ready)
-
-    def _search_and_mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
-        lm = ready.logits.log_softmax(-1)
+    def _mix(self, ready: _Ready[Completion | Lookup]) -> tuple[Tensor, Mixed]:
+        """The base LM's log-probabilities and the mixture of each row: one search for each datastore that is used."""
         wanted = [sequence.request.retrieval for sequence in ready.sequences]
-        mixed = self._knn_lm.mix(
-            lm, ready.keys,
-            k=torch.tensor([r.k for r in wanted]),
-            temperature=torch.tensor([r.temperature for r in wanted], dtype=torch.float64),
-            weight=torch.tensor([r.weight for r in wanted], dtype=torch.float64),
-        )  # fmt: skip
-        return lm, mixed
+        temperature = torch.tensor([r.temperature for r in wanted], dtype=torch.float64)
+        weight = torch.tensor([r.weight for r in wanted], dtype=torch.float64)
+        with self._meter.measure("retrieval"):
+            shares = shares_of([sequence.stores for sequence in ready.sequences])
+            neighbors = retrieve_union(ready.keys, torch.tensor([r.k for r in wanted]), shares)
+        with self._meter.measure("mix"):
+            lm = ready.logits.log_softmax(-1)
+            return lm, mix_neighbors(lm, neighbors, temperature=temperature, weight=weight)
 
-    def _next_tokens(self, ready: _Ready) -> list[Output]:
-        """A token for each row that is ready."""
+    def _next_tokens(self, ready: _Ready[Completion | Lookup]) -> list[Output]:
+        """A token for each completion that is ready, and its neighbours for each lookup."""
         outputs: list[Output] = []
         try:
             lm, mixed = self._mix(ready)
@@ -262,12 +307,25 @@ class DecodingEngine:
                 return outputs
             ready = good
             lm, mixed = self._mix(ready)
-        self._meter.count("decoded_rows", len(ready.sequences))
-        self._meter.count("searched_rows", sum(completion.request.retrieval.weight > 0 for completion in ready.sequences))
+        for row, sequence in enumerate(ready.sequences):
+            if isinstance(sequence, Lookup):
+                outputs += self._answer(sequence.request, row, mixed)
+        drawn, lm, mixed = _completions(ready, lm, mixed)
+        self._meter.count("decoded_rows", len(drawn.sequences))
+        self._meter.count("searched_rows", sum(completion.request.retrieval.weight > 0 for completion in drawn.sequences))
         with self._meter.measure("sample"):
-            return outputs + self._hand_out(ready, lm, mixed)
+            return outputs + self._hand_out(drawn, lm, mixed)
 
-    def _without_failing(self, ready: _Ready) -> tuple[list[Output], _Ready]:
+    def _answer(self, request: RetrieveRequest, row: int, mixed: Mixed) -> list[Output]:
+        """The neighbours of a context, whose request ends with them."""
+        try:
+            found = self._reporter.neighbors(mixed.neighbors.row(row), request.retrieval.temperature, request.neighbors)
+        except Exception as error:
+            return self._fail(request.request_id, error)
+        self.cancel(request.request_id)
+        return [Output(request.request_id, RetrieveResult(found))]
+
+    def _without_failing(self, ready: _Ready[Completion | Lookup]) -> tuple[list[Output], _Ready[Completion | Lookup]]:
         """Try each row's retrieval alone: the end of those requests that fail, and the rows that don't."""
         outputs: list[Output] = []
         good = []
@@ -280,49 +338,37 @@ class DecodingEngine:
                 good.append(row)
         return outputs, ready.rows(good)
 
-    def _hand_out(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[Output]:
+    def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
         outputs: list[Output] = []
-        for row, (completion, token) in enumerate(zip(ready.sequences, self._choose(ready, lm, mixed), strict=True)):
+        for row, (completion, drawn) in enumerate(zip(ready.sequences, self._draw(ready, lm, mixed), strict=True)):
             if completion not in self._requests.get(completion.request_id, ()):
                 continue  # another sample of its request failed in this step
             try:
-                if isinstance(token, Exception):
-                    raise token
-                outputs += self._next_token(row, completion, token, lm, mixed)
+                outputs += self._next_token(row, completion, drawn, lm, mixed)
             except Exception as error:
                 outputs += self._fail(completion.request_id, error)
         return outputs
 
-    def _next_token(self, row: int, completion: Completion, token: int, lm: Tensor, mixed: Mixed) -> list[Output]:
+    def _next_token(self, row: int, completion: Completion, drawn: _Drawn, lm: Tensor, mixed: Mixed) -> list[Output]:
+        token = _said(drawn.token)
         text, reason = completion.take(token, self._eos_ids)
         if completion.request.mean_log_prob:
             completion.log_prob_sum += float(mixed.log_probs[row, token])
+        if completion.evidence is not None:
+            retrieval = completion.request.retrieval
+            found = mixed.neighbors.row(row) if retrieval.weight > 0 else None
+            completion.evidence.add(token, _said(drawn.alone), found, retrieval.temperature, mixed.knn_share(row, token))
         event = Output(completion.request_id, self._event(row, completion, token, text, lm, mixed))
         return [event] if reason is None else [event, *self._end(completion, reason)]
 
-    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[int | Exception]:
-        """The next token of each row, or what went wrong with that row alone."""
-        greedy = mixed.log_probs.argmax(-1).tolist()
-        chosen: list[int | Exception] = []
-        for row, completion in enumerate(ready.sequences):
-            try:
-                chosen.append(self._choose_one(row, completion, greedy[row], lm, mixed))
-            except Exception as error:
-                chosen.append(error)
-        return chosen
-
-    def _choose_one(self, row: int, completion: Completion, greedy: int, lm: Tensor, mixed: Mixed) -> int:
-        params, uniform = completion.request.sampling, completion.random.random()
-        ends = set() if completion.may_end else completion.ends(self._eos_ids)
-        if params.temperature == 0.0 and params.repetition_penalty == 1.0 and not ends:
-            return greedy
-        log_probs = mixed.log_probs[row]
-        if ends:
-            forbidden = torch.tensor(sorted(ends))
-            log_probs = log_probs.index_fill(0, forbidden, -torch.inf)
-            if not bool(log_probs.isfinite().any()):  # at weight 1, all neighbours may say that the text ends here
-                log_probs = lm[row].index_fill(0, forbidden, -torch.inf)
-        return sample(log_probs, params, completion.tokens, uniform)
+    def _draw(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[_Drawn]:
+        """The next token of each row."""
+        rows = [completion.next_draw(self._eos_ids) for completion in ready.sequences]
+        drawn = draw_rows(mixed.log_probs, lm, rows)
+        # What would have been without retrieval is a question of those alone that asked and searched.
+        asked = [row for row, c in enumerate(ready.sequences) if c.evidence is not None and c.request.retrieval.weight > 0]
+        alone = dict(zip(asked, draw_rows(lm[asked], lm[asked], [rows[row] for row in asked]) if asked else (), strict=True))
+        return [_Drawn(token, alone.get(row, token)) for row, token in enumerate(drawn)]
 
     def _event(self, row: int, completion: Completion, token: int, text: str, lm: Tensor, mixed: Mixed) -> TokenEvent:
         request = completion.request

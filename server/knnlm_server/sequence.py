@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from typing import Any
 
 from knnlm.mixture import MOST_NEIGHBORS
 from knnlm.sampling import SamplingParams
+
+DATASTORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a datastore may be called: 1 to 64 letters, digits, ``-``, ``_`` and ``.``, of which the first is a letter or digit."""
 
 
 class FinishReason(enum.Enum):
@@ -100,12 +104,17 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """A context whose neighbours are wanted. ``neighbors``: how many of those that vote are handed out, the heaviest first."""
+    """A context whose neighbours are wanted. ``neighbors``: how many of those that vote are handed out, the heaviest first.
+
+    ``retrieval.weight`` is 1: a search is what is asked for. ``tenant`` and ``arrived`` as in :class:`GenerationRequest`.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     retrieval: RetrievalParams
     neighbors: int
+    tenant: str = ""
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

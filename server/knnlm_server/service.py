@@ -1,38 +1,49 @@
 """The gRPC servicer: messages in, engine, messages out. Knows no torch, no port and no process.
 
-Every request passes the gate, which counts those that run and turns away new ones while the server is stopping. A
-cancelled call or an expired deadline cancels the handler's task, which closes the engine's generator at once.
+Every request passes the gate, which counts those that run and turns away new ones while the server is stopping or has
+more than it can take on. A cancelled call or an expired deadline cancels the handler's task, which closes the engine's
+generator at once. Errors are raised as they are; ``calls.py`` makes statuses of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import uuid
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from knnlm_server import converters
+from knnlm_server.calls import current_call
 from knnlm_server.engine_protocol import Engine
-from knnlm_server.errors import ShuttingDown
+from knnlm_server.errors import QueueFull, ReadTooSlowly, ShuttingDown
+from knnlm_server.metrics import Metrics
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
-from knnlm_server.sequence import FinishEvent, TokenEvent
-from knnlm_server.status import status_of
+from knnlm_server.request_reader import RequestReader
+from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+STALL_SECONDS = 30.0
 
+Handler = Callable[["GenerationService", Any, Any], Awaitable[Any]]
 
-Handler = Callable[["GenerationService", Any, Any, str], Awaitable[Any]]
+_log = logging.getLogger(__name__)
 
 
 class RequestGate:
-    """Counts requests as they run (``with gate:``); while closed, turns new ones away. Closed at first, for ``reason``."""
+    """Counts requests as they run (``with gate:``) and turns new ones away while closed or full. Closed at first, for ``reason``.
 
-    def __init__(self, reason: str) -> None:
+    ``room``: requests that may run or wait at the same time. It bounds what is held in memory before the engine knows of
+    it; the engine's queue has narrower bounds of its own.
+    """
+
+    def __init__(self, reason: str, room: int) -> None:
         self._closed: str | None = reason
+        self._room = room
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -50,9 +61,11 @@ class RequestGate:
         await self._idle.wait()
 
     def __enter__(self) -> None:
-        """Count a request in; raise :class:`ShuttingDown` while closed."""
+        """Count a request in; raise :class:`ShuttingDown` while closed and :class:`QueueFull` while full."""
         if self._closed is not None:
             raise ShuttingDown(self._closed)
+        if self._running >= self._room:
+            raise QueueFull(f"{self._running} requests are running or waiting, and the server takes no more; try again soon.")
         self._running += 1
         self._idle.clear()
 
@@ -63,40 +76,49 @@ class RequestGate:
             self._idle.set()
 
 
-def _guarded(handler: Handler) -> Callable[[GenerationService, Any, Any], Awaitable[Any]]:
-    """Let a request through the gate under an id of its own, and end its call with the right status when it fails."""
+def _gated(handler: Handler) -> Handler:
+    """Let a request through the gate."""
 
     @functools.wraps(handler)
-    async def guarded(service: GenerationService, request: Any, context: Any) -> Any:
-        request_id = uuid.uuid4().hex
-        try:
-            with service.gate:
-                return await handler(service, request, context, request_id)
-        except Exception as error:
-            status = status_of(error, request_id)
-            return await context.abort(status.code, status.details, status.trailing_metadata)
+    async def gated(service: GenerationService, request: Any, context: Any) -> Any:
+        with service.gate:
+            return await handler(service, request, context)
 
-    return guarded
+    return gated
 
 
 class GenerationService(GenerationServiceServicer):
-    """``knnlm.v1.GenerationService`` over an engine."""
+    """``knnlm.v1.GenerationService`` over an engine.
 
-    def __init__(self, engine: Engine, gate: RequestGate) -> None:
+    ``settings``: the resolved configuration, for GetServerInfo. ``stall_seconds``: how long a client may leave a stream's
+    next event unread. ``log_prompts``: whether prompts go to the log.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: RequestGate,
+        metrics: Metrics,
+        *,
+        settings: dict[str, str] | None = None,
+        stall_seconds: float = STALL_SECONDS,
+        log_prompts: bool = False,
+    ) -> None:
         self.gate = gate
-        self._engine = engine
+        self._engine, self._metrics = engine, metrics
+        self._settings, self._stall_seconds, self._log_prompts = settings or {}, stall_seconds, log_prompts
 
     @property
-    def _reader(self) -> converters.RequestReader:
+    def _reader(self) -> RequestReader:
         # Made anew for each request: which datastores are served may change.
-        return converters.RequestReader(self._engine.tokenizer, self._engine.info)
+        return RequestReader(self._engine.tokenizer, self._engine.info)
 
-    @_guarded
-    async def Generate(self, request: pb.GenerateRequest, context: Any, request_id: str) -> pb.GenerateResponse:
+    @_gated
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Whole completions."""
         tokens: dict[int, list[TokenEvent]] = defaultdict(list)
         ends: list[FinishEvent] = []
-        async with aclosing(self._events(request, request_id)) as events:
+        async with aclosing(self._events(request)) as events:
             async for event in events:
                 if isinstance(event, FinishEvent):
                     ends.append(event)
@@ -107,52 +129,77 @@ class GenerationService(GenerationServiceServicer):
             completions=[converters.completion_message(tokens[end.sample], end) for end in chosen], prompt_tokens=ends[0].prompt_tokens
         )
 
-    @_guarded
-    async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any, request_id: str) -> None:
-        """A completion, token by token. Writes through ``context``, so that the events are closed when it is cancelled."""
-        async with aclosing(self._events(request, request_id)) as events:
+    @_gated
+    async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any) -> None:
+        """Completions, token by token. Writes through ``context``, so that the events are closed when it is cancelled."""
+        async with aclosing(self._events(request)) as events:
             async for event in events:
-                await context.write(_stream_message(event))
+                await self._send(context, _stream_message(event))
 
-    @_guarded
-    async def Score(self, request: pb.ScoreRequest, context: Any, request_id: str) -> pb.ScoreResponse:
+    @_gated
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Log-probabilities of given tokens."""
-        score_request = await asyncio.to_thread(self._reader.score, request, request_id)
+        call = current_call()
+        score_request = await asyncio.to_thread(self._reader.score, request, call.key)
+        call.prompt_tokens = len(score_request.tokens)
         return converters.score_message(score_request, await self._engine.score(score_request))
 
-    @_guarded
-    async def Retrieve(self, request: pb.RetrieveRequest, context: Any, request_id: str) -> pb.RetrieveResponse:
+    @_gated
+    async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """Neighbours of a context."""
-        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, request_id)
+        call = current_call()
+        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key, tenant=call.caller.name)
+        call.prompt_tokens = len(retrieve_request.tokens)
         return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
 
-    @_guarded
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any, request_id: str) -> pb.TokenizeResponse:
+    @_gated
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids and texts of a text."""
         return await asyncio.to_thread(self._tokenize, request)
 
-    @_guarded
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any, request_id: str) -> pb.DetokenizeResponse:
+    @_gated
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        ids = self._reader.detokenize(request)
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(self._engine.tokenizer.decode, ids))
+        return await asyncio.to_thread(self._detokenize, request)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """What is served; answered also while the gate is closed."""
-        return converters.server_info_message(self._engine.info)
+        info = self._engine.info
+        return converters.server_info_message(replace(info, settings=info.settings | self._settings))
 
-    async def _events(
-        self, request: pb.GenerateRequest | pb.StreamGenerateRequest, request_id: str
-    ) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+    async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         # A long prompt takes long to tokenise; on a thread it holds up nobody else.
-        generation = await asyncio.to_thread(self._reader.generation, request, request_id)
+        generation = await asyncio.to_thread(self._generation, request)
+        call, arrived = current_call(), self._metrics.watch(generation)
+        call.prompt_tokens = len(generation.prompt)
         async with aclosing(self._engine.generate(generation)) as events:
             async for event in events:
+                arrived(event)
+                call.completion_tokens += isinstance(event, TokenEvent)
                 yield event
+
+    def _generation(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> GenerationRequest:
+        call = current_call()
+        generation = self._reader.generation(request, call.key, tenant=call.caller.name)
+        if self._log_prompts:
+            _log.info("prompt: %s", self._engine.tokenizer.decode(generation.prompt))
+        return replace(generation, arrived=call.began)
+
+    async def _send(self, context: Any, message: pb.StreamGenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                await context.write(message)
+        except TimeoutError as error:
+            raise ReadTooSlowly(
+                f"The client has read nothing of this stream for {self._stall_seconds:g} seconds, so it was ended; read them as they come."
+            ) from error
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         text = self._engine.tokenizer.token_text
         return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=i, text=text(i)) for i in self._reader.tokenize(request)])
+
+    def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=self._engine.tokenizer.decode(self._reader.detokenize(request)))
 
 
 def best(ends: Sequence[FinishEvent], count: int) -> list[FinishEvent]:

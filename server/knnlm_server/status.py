@@ -16,7 +16,16 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from knnlm.errors import IndexingError, InvalidInput, KNNLMError, MissingDependency, ModelError, StoreDamaged, StoreError
+from knnlm.errors import (
+    DocumentNotFound,
+    IndexingError,
+    InvalidInput,
+    KNNLMError,
+    MissingDependency,
+    ModelError,
+    StoreDamaged,
+    StoreError,
+)
 from knnlm_server.errors import (
     DatastoreLoaded,
     DatastoreNotLoaded,
@@ -29,6 +38,7 @@ from knnlm_server.errors import (
 )
 
 DOMAIN = "knnlm"
+REQUEST_ID = "x-request-id"
 RETRY_SECONDS = 1
 
 # An error takes the code of the nearest class in its tree.
@@ -41,6 +51,7 @@ CODES: dict[type[KNNLMError], grpc.StatusCode] = {
     ReadTooSlowly: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TokenMissing: grpc.StatusCode.UNAUTHENTICATED,
     RoleMissing: grpc.StatusCode.PERMISSION_DENIED,
+    DocumentNotFound: grpc.StatusCode.NOT_FOUND,
     StoreDamaged: grpc.StatusCode.DATA_LOSS,
     StoreError: grpc.StatusCode.FAILED_PRECONDITION,
     ModelError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -64,11 +75,13 @@ def status_of(error: Exception, request_id: str) -> Any:
         _log.error("request %s failed", request_id, exc_info=error)
     message = str(error) if isinstance(error, KNNLMError) else f"Internal error; the server's log has it under request {request_id}."
     status = status_pb2.Status(code=code.value[0], message=message)
-    for detail in _details(error, code, request_id):
+    for detail in _details(error, request_id):
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    return rpc_status.to_status(status)
+    packed_status = rpc_status.to_status(status)
+    trailing = (*packed_status.trailing_metadata, (REQUEST_ID, request_id), *_pushback(error))
+    return packed_status._replace(trailing_metadata=trailing)
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
@@ -83,7 +96,7 @@ def reason_of(error: Exception) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).upper()
 
 
-def _details(error: Exception, code: grpc.StatusCode, request_id: str) -> list[Message]:
+def _details(error: Exception, request_id: str) -> list[Message]:
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason_of(error), domain=DOMAIN)]
     if isinstance(error, InvalidInput):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.problem)
@@ -92,6 +105,9 @@ def _details(error: Exception, code: grpc.StatusCode, request_id: str) -> list[M
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromSeconds(RETRY_SECONDS)
         details.append(retry)
-    if code is grpc.StatusCode.INTERNAL:
-        details.append(error_details_pb2.RequestInfo(request_id=request_id))
-    return details
+    return [*details, error_details_pb2.RequestInfo(request_id=request_id)]
+
+
+def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
+    """What gRPC's own retries obey, where the service configuration of a client has them."""
+    return (("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000)),) if isinstance(error, QueueFull) else ()

@@ -1,13 +1,14 @@
-"""What other processes do to the datastore that is served. Knows no engine and no request."""
+"""What other processes do to the datastores that are in use. Knows no engine and no request."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 
-from knnlm.datastore.reader import Datastore
 from knnlm.errors import KNNLMError
+from knnlm_server.served_stores import ServedStore
 
 SECONDS_BETWEEN_LOOKS = 0.25
 
@@ -15,30 +16,39 @@ logger = logging.getLogger(__name__)
 
 
 class StoreWatch:
-    """Takes over removals from the datastore on disk. For the thread that searches: between its looks nothing changes.
+    """Takes over removals from the datastores on disk. For the thread that searches: between its looks nothing changes.
 
-    A store that can't be read any more (deleted, damaged) is said once in the log; what is open stays as it is.
-    ``clock``: seconds that only go forward.
+    ``in_use`` says which are to be looked at. One that can't be read any more (deleted, damaged) is said once in the log;
+    what is open stays as it is. ``clock``: seconds that only go forward.
     """
 
-    def __init__(self, store: Datastore, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, in_use: Callable[[], Iterable[ServedStore]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._in_use, self._clock = in_use, clock
         self._next_look = -float("inf")
-        self._readable = True
+        self._unreadable: weakref.WeakSet[ServedStore] = weakref.WeakSet()
 
     def look(self) -> None:
-        """Call before each search; looks at the store at most every :data:`SECONDS_BETWEEN_LOOKS`."""
+        """Call before each search; looks at the datastores at most every :data:`SECONDS_BETWEEN_LOOKS`."""
         now = self._clock()
         if now < self._next_look:
             return
         self._next_look = now + SECONDS_BETWEEN_LOOKS
+        for served in self._in_use():
+            self._look_at(served)
+
+    def hurry(self) -> None:
+        """Make the next look come with the next call, after a change that is known of; from any thread."""
+        self._next_look = -float("inf")
+
+    def _look_at(self, served: ServedStore) -> None:
         try:
-            changed = self._store.refresh()
+            changed = served.store.refresh()
         except (KNNLMError, OSError) as error:
-            if self._readable:
-                logger.warning("removals from the datastore can't be seen, and it is served as it was: %s", error)
-            self._readable = False
+            if served not in self._unreadable:
+                logger.warning("removals from the datastore %s can't be seen, and it is served as it was: %s", served.name, error)
+            self._unreadable.add(served)
             return
-        if changed or not self._readable:
-            logger.info("the datastore was read again: %d of its documents are removed", len(self._store.tombstones.documents))
-        self._readable = True
+        if changed or served in self._unreadable:
+            removed = len(served.store.tombstones.documents)
+            logger.info("the datastore %s was read again: %d of its documents are removed", served.name, removed)
+        self._unreadable.discard(served)

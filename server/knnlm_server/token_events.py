@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from knnlm.datastore.reader import Datastore
 from knnlm.distribution import log_weights
 from knnlm.knn_lm import Mixed
 from knnlm.neighbors import Neighbors
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.sequence import Alternative, DetailParams, NeighborEvidence, RetrievalParams
+from knnlm_server.served_stores import ServedStore
 
 
 class TokenReporter:
-    """Makes the parts of token events that were asked for.
+    """Makes the parts of token events that were asked for. ``numbered`` gives the datastore of a number that neighbours have."""
 
-    ``name`` is what the datastore is called on this server.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer, store: Datastore, name: str) -> None:
-        self._tokenizer, self._store, self._name = tokenizer, store, name
+    def __init__(self, tokenizer: TextTokenizer, numbered: Callable[[int], ServedStore]) -> None:
+        self._tokenizer, self._numbered = tokenizer, numbered
 
     def details(self, row: int, token: int, detail: DetailParams, retrieval: RetrievalParams, lm: Tensor, mixed: Mixed) -> dict[str, Any]:
         """Fields of the :class:`~knnlm_server.sequence.TokenEvent` of ``token``, drawn in ``row`` of a step.
@@ -41,19 +38,18 @@ class TokenReporter:
     def neighbors(self, found: Neighbors, temperature: float, count: int) -> tuple[NeighborEvidence, ...]:
         """The ``count`` heaviest of one row's neighbours, and where they stand in the corpus."""
         shares = log_weights(found, temperature).exp()[0].tolist()
-        nearest = found.nearest(count)
-        return tuple(
-            self._evidence(entry, distance, share)
-            for entry, distance, share in zip(nearest.ids[0].tolist(), nearest.distances[0].tolist(), shares, strict=False)
-        )
+        heaviest = found.nearest(count)
+        if heaviest.stores is None:  # of a row that searched nothing
+            return ()
+        places = zip(heaviest.stores[0].tolist(), heaviest.ids[0].tolist(), heaviest.distances[0].tolist(), shares, strict=False)
+        return tuple(self._evidence(self._numbered(store), entry, distance, share) for store, entry, distance, share in places)
 
     def _log_probs(self, row: int, token: int, lm: Tensor, mixed: Mixed) -> dict[str, float]:
-        log_prob, weight = float(mixed.log_probs[row, token]), float(mixed.weight[row])
-        found = {"log_prob": log_prob, "lm_log_prob": float(lm[row, token]), "interpolation_weight": weight, "knn_share": 0.0}
+        weight = float(mixed.weight[row])
+        found = {"log_prob": float(mixed.log_probs[row, token]), "lm_log_prob": float(lm[row, token]), "interpolation_weight": weight}
         if weight > 0:
-            knn = mixed.knn_log_prob(row, token)
-            found |= {"knn_log_prob": knn, "knn_share": min(1.0, weight * math.exp(knn - log_prob))}
-        return found
+            found["knn_log_prob"] = mixed.knn_log_prob(row, token)
+        return found | {"knn_share": mixed.knn_share(row, token)}
 
     def _alternatives(self, row: int, detail: DetailParams, lm: Tensor, mixed: Mixed) -> tuple[Alternative, ...]:
         values, ids = mixed.log_probs[row].topk(min(detail.alternatives, mixed.log_probs.shape[1]))
@@ -67,8 +63,8 @@ class TokenReporter:
             for token, value in zip(ids.tolist(), values.tolist(), strict=True)
         )  # fmt: skip
 
-    def _evidence(self, entry: int, distance: float, share: float) -> NeighborEvidence:
-        origin = self._store.evidence(entry)
+    def _evidence(self, served: ServedStore, entry: int, distance: float, share: float) -> NeighborEvidence:
+        origin = served.store.evidence(entry)
         first, last = origin.characters or (None, None)
         return NeighborEvidence(
             entry=entry,
@@ -82,6 +78,6 @@ class TokenReporter:
             character_end=last,
             line=origin.line,
             left_context=self._tokenizer.decode(origin.left_context),
-            datastore=self._name,
+            datastore=served.name,
             metadata=origin.document.metadata,
         )

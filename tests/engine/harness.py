@@ -16,8 +16,11 @@ from knnlm.entry_mask import EntryMask
 from knnlm.index import Candidates, NeighborIndex
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.model import HFLanguageModel
+from knnlm.opening import SearchableStore
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
+from knnlm_server.completion import Completion
+from knnlm_server.datastores import Datastores
 from knnlm_server.engine import DecodingEngine, Output, _Ready
 from knnlm_server.errors import EngineFailed
 from knnlm_server.sequence import (
@@ -26,6 +29,7 @@ from knnlm_server.sequence import (
     GenerationRequest,
     Limits,
     RetrievalParams,
+    RetrieveResult,
     ScoreResult,
     StoppingParams,
     TokenEvent,
@@ -48,6 +52,12 @@ class Parts:
 
     def limits(self, **given: int) -> Limits:
         return replace(Limits(context=self.model.context), **given)
+
+    def datastores(self) -> Datastores:
+        """The store, served alone."""
+        served = Datastores(self.model, self.knn_lm.tokenizer)
+        served.serve("default", SearchableStore(self.store, self.knn_lm.retriever, self.knn_lm.mixture, "the test"))
+        return served
 
     def searched_by(self, index: NeighborIndex) -> Parts:
         """The same with another index in front of the stored keys."""
@@ -119,11 +129,11 @@ class RecordingEngine(DecodingEngine):
         self.observed = Observed()
         super().__init__(*args, **{"observer": self.observed, **options})
 
-    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[int | Exception]:
+    def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
             self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
-        return super()._choose(ready, lm, mixed)
+        return super()._hand_out(ready, lm, mixed)
 
 
 def sample_name(request_id: str, sample: int) -> str:
@@ -131,8 +141,11 @@ def sample_name(request_id: str, sample: int) -> str:
     return f"{request_id}/{sample}" if sample else request_id
 
 
-def make_engine(parts: Parts, step_tokens: int = 512, *, options: Mapping[str, Any] | None = None, **limits: int) -> RecordingEngine:
-    return RecordingEngine(parts.knn_lm, parts.model, parts.store, parts.limits(**limits), step_tokens, **(options or {}))
+def make_engine(
+    parts: Parts, step_tokens: int = 512, *, datastores: Datastores | None = None, options: Mapping[str, Any] | None = None, **limits: int
+) -> RecordingEngine:
+    served = datastores or parts.datastores()
+    return RecordingEngine(parts.model, parts.knn_lm.tokenizer, served, parts.limits(**limits), step_tokens, **(options or {}))
 
 
 def request(
@@ -153,6 +166,7 @@ class Answer:
     events: list[TokenEvent] = field(default_factory=list)
     finish: FinishEvent | None = None
     scores: ScoreResult | None = None
+    neighbors: RetrieveResult | None = None
     failure: EngineFailed | None = None
 
     @property
@@ -165,7 +179,7 @@ class Answer:
         return "".join(event.text for event in self.events) + self.finish.text
 
     def take(self, output: Output) -> None:
-        assert not any((self.finish, self.scores, self.failure)), "something comes after the end"
+        assert not any((self.finish, self.scores, self.neighbors, self.failure)), "something comes after the end"
         match output.content:
             case TokenEvent() as event:
                 assert event.index == len(self.events)
@@ -175,6 +189,8 @@ class Answer:
                 self.finish = finish
             case ScoreResult() as scores:
                 self.scores = scores
+            case RetrieveResult() as found:
+                self.neighbors = found
             case failure:
                 self.failure = failure
 

@@ -14,6 +14,7 @@ import pytest
 from knnlm.sampling import SamplingParams
 from knnlm_server import async_engine as async_engine_module
 from knnlm_server.async_engine import AsyncEngine
+from knnlm_server.datastores import Datastores
 from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
 from knnlm_server.sequence import (
     FinishEvent,
@@ -31,9 +32,13 @@ PATIENCE = 30.0
 
 def info(parts: Parts, **limits: int) -> ServerInfo:
     return ServerInfo(
-        version="0", model="tiny", model_fingerprint="", tokenizer_fingerprint="", vocabulary_size=300, key_layer="", key_dimension=32,
-        store_fingerprint="", entries=0, documents=0, index="", default_retrieval=MIXED, defaults_source="", limits=parts.limits(**limits),
+        version="0", model="tiny", model_fingerprint="", tokenizer_fingerprint="", vocabulary_size=300, datastores=(),
+        limits=parts.limits(**limits),
     )  # fmt: skip
+
+
+def engine_of(parts: Parts, datastores: Datastores | None = None, **limits: int) -> AsyncEngine:
+    return AsyncEngine(parts.model, parts.knn_lm.tokenizer, datastores or parts.datastores(), info(parts, **limits))
 
 
 class Running:
@@ -61,15 +66,15 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Start an engine around parts, with these limits; it is stopped at the end of the test."""
     made: list[RecordingEngine] = []
 
-    def recording(*args: Any) -> RecordingEngine:
-        made.append(RecordingEngine(*args))
+    def recording(*args: Any, **options: Any) -> RecordingEngine:
+        made.append(RecordingEngine(*args, **options))
         return made[-1]
 
     monkeypatch.setattr(async_engine_module, "DecodingEngine", recording)
     with ExitStack() as stack:
 
-        def starting(parts: Parts, **limits: int) -> Running:
-            outer = AsyncEngine(parts.knn_lm, parts.model, parts.store, info(parts, **limits))
+        def starting(parts: Parts, datastores: Datastores | None = None, **limits: int) -> Running:
+            outer = engine_of(parts, datastores, **limits)
             stack.callback(outer.stop)
             outer.start()
             return Running(outer, made[-1])
@@ -223,7 +228,7 @@ def test_requests_that_come_while_the_engine_stops_are_all_answered(gpt2: Parts,
 
 
 def test_nothing_is_taken_before_the_start(gpt2: Parts) -> None:
-    engine = AsyncEngine(gpt2.knn_lm, gpt2.model, gpt2.store, info(gpt2))
+    engine = engine_of(gpt2)
     with pytest.raises(ShuttingDown):
         run(anext(engine.generate(endless("a"))))
     engine.stop()
@@ -232,8 +237,7 @@ def test_nothing_is_taken_before_the_start(gpt2: Parts) -> None:
 def test_an_error_of_the_warm_up_is_an_error_of_start(gpt2: Parts) -> None:
     index = CountingIndex(gpt2.knn_lm.retriever.index)
     index.failure = RuntimeError("no such GPU")
-    parts = gpt2.searched_by(index)
-    engine = AsyncEngine(parts.knn_lm, parts.model, parts.store, info(parts))
+    engine = engine_of(gpt2.searched_by(index))
     with pytest.raises(RuntimeError, match="no such GPU"):
         engine.start()
     with pytest.raises(ShuttingDown):

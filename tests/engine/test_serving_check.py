@@ -152,9 +152,9 @@ def windowed_store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_an_unproven_model_is_served_only_when_told_to(windowed_store: Path) -> None:
     with pytest.raises(ModelError, match="--max-context 16"):
-        build_async_engine(windowed_store)
-    assert build_async_engine(windowed_store, context=16).info.limits.context == 16
-    unproven = build_async_engine(windowed_store, allow_unproven=True)
+        build_async_engine({"default": windowed_store})
+    assert build_async_engine({"default": windowed_store}, context=16).info.limits.context == 16
+    unproven = build_async_engine({"default": windowed_store}, allow_unproven=True)
     assert unproven.info.limits.context == CONTEXT
     unproven.start()
     unproven.stop()

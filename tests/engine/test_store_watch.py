@@ -18,6 +18,7 @@ from knnlm.knn_lm import KNNLanguageModel
 from knnlm.retrieval import Retriever
 from knnlm_server import store_watch
 from knnlm_server.sequence import DetailParams, GenerationRequest, RetrievalParams, TokenEvent
+from knnlm_server.served_stores import ServedStore
 from knnlm_server.store_watch import SECONDS_BETWEEN_LOOKS, StoreWatch
 from tests.engine.harness import Answer, Parts, drive, make_engine, random_prompt, request
 
@@ -48,9 +49,13 @@ class Looked:
         return False
 
 
+def served(store: Looked, name: str = "news") -> ServedStore:
+    return ServedStore(name, 0, store, None, None)  # type: ignore[arg-type]  # a watch needs no more of it
+
+
 def test_it_looks_at_the_first_call_and_then_from_time_to_time(gpt2: Parts) -> None:
     store, now = Looked(gpt2.store), [1000.0]
-    watch = StoreWatch(store, lambda: now[0])  # type: ignore[arg-type]
+    watch = StoreWatch(lambda: [served(store)], lambda: now[0])
     for at, looks in ((0.0, 1), (0.0, 1), (0.9, 1), (1.0, 2), (1.9, 2), (7.0, 3), (7.5, 3), (8.0, 4)):
         now[0] = 1000.0 + at * SECONDS_BETWEEN_LOOKS
         watch.look()
@@ -60,12 +65,13 @@ def test_it_looks_at_the_first_call_and_then_from_time_to_time(gpt2: Parts) -> N
 def test_a_store_that_can_not_be_read_is_said_once_and_again_when_it_fails_anew(gpt2: Parts, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="knnlm_server")
     store, now = Looked(gpt2.store), iter(range(100))
-    watch = StoreWatch(store, lambda: float(next(now)))  # type: ignore[arg-type]
+    one = served(store)
+    watch = StoreWatch(lambda: [one], lambda: float(next(now)))
     store.failure = StoreDamaged("manifest.json is damaged.")
     for _ in range(3):
         watch.look()
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "removals from the datastore can't be seen, and it is served as it was: manifest.json is damaged.")
+        ("WARNING", "removals from the datastore news can't be seen, and it is served as it was: manifest.json is damaged.")
     ]
     store.failure = None
     for _ in range(2):
@@ -75,6 +81,29 @@ def test_a_store_that_can_not_be_read_is_said_once_and_again_when_it_fails_anew(
     watch.look()
     assert caplog.records[-1].levelname == "WARNING"
     assert store.looks == 6
+
+
+def test_after_a_hurry_the_next_call_looks(gpt2: Parts) -> None:
+    store, now = Looked(gpt2.store), [1000.0]
+    watch = StoreWatch(lambda: [served(store)], lambda: now[0])
+    watch.look()
+    watch.look()
+    assert store.looks == 1
+    watch.hurry()
+    watch.look()
+    watch.look()
+    assert store.looks == 2
+
+
+def test_one_that_can_not_be_read_keeps_no_other_from_being_looked_at(gpt2: Parts, caplog: pytest.LogCaptureFixture) -> None:
+    broken, sound, now = Looked(gpt2.store), Looked(gpt2.store), iter(range(100))
+    both = [served(broken, "broken"), served(sound, "sound")]
+    watch = StoreWatch(lambda: both, lambda: float(next(now)))
+    broken.failure = OSError(5, "Input/output error")
+    watch.look()
+    watch.look()
+    assert (broken.looks, sound.looks) == (2, 2)
+    assert ["broken" in record.getMessage() for record in caplog.records] == [True]
 
 
 def documents_named(events: list[TokenEvent]) -> list[set[str]]:

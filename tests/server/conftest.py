@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,9 +21,9 @@ WAIT_SECONDS = 30.0
 class RunningServer:
     """A server and the loop that it runs on."""
 
-    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         self.engine = engine
-        self.server = GenerationServer(engine)
+        self.server = GenerationServer(engine, **options)
         self._loop = loop
 
     @property
@@ -35,11 +36,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(engine: FakeEngine) -> Iterator[RunningServer]:
+def running(engine: FakeEngine, **options: Any) -> Iterator[RunningServer]:
+    """A server, stopped at the end; ``options`` are those of :class:`GenerationServer`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    running = RunningServer(engine, loop)
+    running = RunningServer(engine, loop, **options)
     try:
         running.submit(running.server.start()).result(WAIT_SECONDS)
         yield running
@@ -51,7 +53,18 @@ def running(engine: FakeEngine) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[FakeEngine], RunningServer]]:
-    """Start a server around an engine; it is stopped at the end of the test."""
+def start_server() -> Iterator[Callable[..., RunningServer]]:
+    """Start a server around an engine, with options of :class:`GenerationServer`; it is stopped at the end of the test."""
     with ExitStack() as stack:
-        yield lambda engine: stack.enter_context(running(engine))
+        yield lambda engine, **options: stack.enter_context(running(engine, **options))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """The command sets the process's log up; the tests of others want their own back."""
+    root, own = logging.getLogger(), logging.getLogger("knnlm_server")
+    handlers, levels = root.handlers[:], (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])

@@ -17,9 +17,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knnlm.errors import ModelError
-from knnlm_server.app import GenerationServer, ensure_can_listen
+from knnlm_server.app import GenerationServer
 from knnlm_server.client import GenerationClient, ServerUnavailable
 from knnlm_server.errors import CannotListen
+from knnlm_server.listening import Place
 from knnlm_server.sequence import FinishEvent, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer
 from tests.server.fake_engine import FakeEngine
@@ -65,7 +66,7 @@ def test_a_second_server_on_the_same_port_is_refused(start_server: Start) -> Non
 
 def test_an_unknown_host_is_refused() -> None:
     with pytest.raises(CannotListen, match="host is unknown"):
-        ensure_can_listen("no.such.host.invalid", 0)
+        Place("no.such.host.invalid", 0).ensure_free()
 
 
 def test_while_the_engine_starts_requests_are_turned_away_and_health_says_so() -> None:
@@ -101,7 +102,7 @@ def test_an_engine_that_does_not_start_frees_the_port() -> None:
     server = GenerationServer(BrokenEngine())
     with pytest.raises(ModelError):
         asyncio.run(server.start())
-    ensure_can_listen("127.0.0.1", server.port)
+    Place("127.0.0.1", server.port).ensure_free()
 
 
 def test_draining_lets_running_requests_finish_and_refuses_new_ones(start_server: Start) -> None:

@@ -67,10 +67,33 @@ def details(error: Any, kind: Any) -> Any:
 
 def test_generate_returns_the_completion(stub_of: Any) -> None:
     response = stub_of(FakeEngine(["a", "b"])).Generate(generate())
-    assert response.text == "ab!"
-    assert [token.token_text for token in response.tokens] == ["a", "b"]
-    assert (response.finish_reason, response.prompt_tokens, response.completion_tokens) == (pb.FINISH_REASON_LENGTH, 2, 2)
-    assert not response.tokens[0].HasField("log_prob")
+    (completion,) = response.completions
+    assert (completion.text, completion.sample) == ("ab!", 0)
+    assert [token.token_text for token in completion.tokens] == ["a", "b"]
+    assert (completion.finish_reason, response.prompt_tokens, completion.completion_tokens) == (pb.FINISH_REASON_LENGTH, 2, 2)
+    assert not completion.tokens[0].HasField("log_prob")
+
+
+def test_several_samples_come_in_the_order_of_their_numbers(stub_of: Any) -> None:
+    response = stub_of(FakeEngine(["a"])).Generate(generate(options=pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=3)))
+    assert [completion.sample for completion in response.completions] == [0, 1, 2]
+    assert [len(completion.tokens) for completion in response.completions] == [1, 1, 1]
+
+
+def test_best_of_returns_the_most_probable_completions_the_best_first(stub_of: Any) -> None:
+    engine = FakeEngine(["a", "b"])  # its later samples are better
+    options = pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=2, best_of=4)
+    response = stub_of(engine).Generate(generate(options=options))
+    assert [completion.sample for completion in response.completions] == [3, 2]
+    assert [len(completion.tokens) for completion in response.completions] == [2, 2]
+    assert (engine.requests[0].samples, engine.requests[0].mean_log_prob) == (4, True)
+
+
+def test_a_stream_has_a_finish_for_each_sample(stub_of: Any) -> None:
+    options = pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=2)
+    events = list(stub_of(FakeEngine(["a", "b"])).StreamGenerate(stream(options=options)))
+    assert [event.token.sample for event in events if event.HasField("token")] == [0, 1, 0, 1]
+    assert [event.finish.sample for event in events if event.HasField("finish")] == [0, 1]
 
 
 def test_stream_sends_tokens_then_the_finish(stub_of: Any) -> None:
@@ -133,7 +156,7 @@ def test_a_reader_that_reads_nothing_holds_up_nobody(stub_of: Any) -> None:
     engine = FakeEngine(["x" * 20_000] * 50)
     stub = stub_of(engine)
     unread = stub.StreamGenerate(stream())
-    assert len(stub.Generate(generate()).tokens) == 50
+    assert len(stub.Generate(generate()).completions[0].tokens) == 50
     unread.cancel()
 
 
@@ -194,9 +217,36 @@ def test_tokenize_refuses_text_that_is_too_long(stub_of: Any) -> None:
     assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "text"
 
 
+def test_detokenize_gives_the_text_without_special_tokens(stub_of: Any) -> None:
+    assert stub_of(FakeEngine(bos=256)).Detokenize(pb.DetokenizeRequest(token_ids=[256, 104, 105])).text == "hi"
+    assert stub_of(FakeEngine()).Detokenize(pb.DetokenizeRequest()).text == ""
+
+
+def test_detokenize_names_an_id_outside_the_vocabulary(stub_of: Any) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(FakeEngine()).Detokenize(pb.DetokenizeRequest(token_ids=[1, 257]))
+    assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "token_ids[1]"
+
+
+def test_retrieve_gives_the_context_and_its_neighbours(stub_of: Any) -> None:
+    request = pb.RetrieveRequest(context=pb.Input(text="abc"), datastores=[pb.DatastoreWeight(name="main")], neighbors=2)
+    response = stub_of(FakeEngine()).Retrieve(request)
+    assert list(response.token_ids) == [97, 98, 99]
+    assert [(neighbor.document_id, neighbor.datastore) for neighbor in response.neighbors] == [("d1", "main")] * 2
+    assert dict(response.neighbors[0].metadata) == {"title": "On bytes"}
+
+
+def test_a_datastore_that_is_not_loaded_is_not_found(stub_of: Any) -> None:
+    request = pb.RetrieveRequest(context=pb.Input(text="abc"), datastores=[pb.DatastoreWeight(name="nowhere")])
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_of(FakeEngine()).Retrieve(request)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert details(caught.value, error_details_pb2.ErrorInfo).reason == "DATASTORE_NOT_LOADED"
+
+
 def test_server_info_tells_defaults_and_limits(stub_of: Any) -> None:
     response = stub_of(FakeEngine()).GetServerInfo(pb.GetServerInfoRequest())
-    assert response.default_retrieval.interpolation_weight == DEFAULT_RETRIEVAL.weight
+    assert response.datastores[0].default_retrieval.interpolation_weight == DEFAULT_RETRIEVAL.weight
     assert response.limits.context == INFO.limits.context
     assert dict(response.settings) == INFO.settings
 
@@ -211,4 +261,12 @@ def test_reflection_describes_the_service(start_server: Start, connect: Connect)
     database = ProtoReflectionDescriptorDatabase(connect(start_server(FakeEngine())))
     assert {SERVICE_NAME, "grpc.health.v1.Health"} <= set(database.get_services())
     service = DescriptorPool(database).FindServiceByName(SERVICE_NAME)
-    assert [method.name for method in service.methods] == ["Generate", "StreamGenerate", "Score", "Tokenize", "GetServerInfo"]
+    assert [method.name for method in service.methods] == [
+        "Generate",
+        "StreamGenerate",
+        "Score",
+        "Retrieve",
+        "Tokenize",
+        "Detokenize",
+        "GetServerInfo",
+    ]

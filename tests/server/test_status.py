@@ -11,8 +11,17 @@ from google.rpc import error_details_pb2, status_pb2
 
 import knnlm.errors
 import knnlm_server.errors
-from knnlm.errors import InvalidInput, KNNLMError, StoreDamaged, StoreMismatch
-from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
+from knnlm.errors import DocumentNotFound, InvalidInput, KNNLMError, StoreDamaged, StoreMismatch
+from knnlm_server.errors import (
+    DatastoreLoaded,
+    DatastoreNotLoaded,
+    EngineFailed,
+    QueueFull,
+    ReadTooSlowly,
+    RoleMissing,
+    ShuttingDown,
+    TokenMissing,
+)
 from knnlm_server.status import CODES, code_of, reason_of, status_of
 
 
@@ -48,6 +57,12 @@ def test_every_error_of_the_product_has_a_code_from_the_table() -> None:
         (ShuttingDown("bye"), grpc.StatusCode.UNAVAILABLE),
         (StoreDamaged("x"), grpc.StatusCode.DATA_LOSS),
         (StoreMismatch("x"), grpc.StatusCode.FAILED_PRECONDITION),
+        (DatastoreNotLoaded("x"), grpc.StatusCode.NOT_FOUND),
+        (DatastoreLoaded("x"), grpc.StatusCode.ALREADY_EXISTS),
+        (ReadTooSlowly("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (TokenMissing("x"), grpc.StatusCode.UNAUTHENTICATED),
+        (RoleMissing("x"), grpc.StatusCode.PERMISSION_DENIED),
+        (DocumentNotFound("x"), grpc.StatusCode.NOT_FOUND),
         (EngineFailed("x"), grpc.StatusCode.INTERNAL),
         (KNNLMError("x"), grpc.StatusCode.INTERNAL),
         (ValueError("x"), grpc.StatusCode.INTERNAL),
@@ -68,6 +83,18 @@ def test_queue_full_says_when_to_come_again() -> None:
     found = details(QueueFull("full"))
     assert found["RetryInfo"].retry_delay.ToSeconds() == 1
     assert found["ErrorInfo"].reason == "QUEUE_FULL"
+    assert dict(status_of(QueueFull("full"), "r1").trailing_metadata)["grpc-retry-pushback-ms"] == "1000"
+
+
+def test_only_a_full_queue_asks_to_come_again() -> None:
+    assert "RetryInfo" not in details(ReadTooSlowly("slow"))
+    assert "grpc-retry-pushback-ms" not in dict(status_of(ReadTooSlowly("slow"), "r1").trailing_metadata)
+
+
+@pytest.mark.parametrize("error", [InvalidInput("k", "is 0."), QueueFull("full"), TokenMissing("who?"), ValueError("x")])
+def test_every_error_has_the_id_under_which_it_was_logged(error: Exception) -> None:
+    assert details(error)["RequestInfo"].request_id == "r1"
+    assert dict(status_of(error, "r1").trailing_metadata)["x-request-id"] == "r1"
 
 
 def test_unexpected_errors_go_to_the_log_and_tell_the_client_only_an_id(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,129 @@
+"""From scores to tokens, for many rows at once: temperature, truncation, and one uniform number for each row. Pure.
+
+The processors are those of transformers. Every operation treats each row by itself, so a row's token is the same, bit for
+bit, whatever else is in the batch (sums along rows of a batch are not: they are split by its size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
+
+from knnlm.errors import ModelError
+from knnlm.penalties import allowed_scores
+from knnlm.sampling import SamplingParams
+
+SHORTLISTS = (1024, 8192)
+"""The nucleus of top_p is looked for among so many most probable tokens first: sorting a vocabulary takes long."""
+NOTHING_TO_DRAW = "No token can be drawn: the model's log-probabilities are NaN or all -inf; look at its weights and its dtype."
+_NO_IDS = cast("torch.LongTensor", None)  # that which truncates looks at scores alone
+
+
+def sample(
+    log_probs: Tensor, params: SamplingParams, tokens: Sequence[int], uniform: float, *, generated: int = 0, base: Tensor | None = None
+) -> int:
+    """The next token id of one row, as :func:`draw` draws it for many.
+
+    ``log_probs`` [vocabulary] float, normalised, and ``base`` those of the base LM alone, which speaks where bad words
+    leave nothing of ``log_probs`` (None: the same). ``tokens``: those of prompt and completion so far, of which the last
+    ``generated`` are the completion. Raises :class:`~knnlm.errors.ModelError` where no token can be drawn.
+    """
+    scores = allowed_scores(log_probs, log_probs if base is None else base, params, tokens, generated, ends=())
+    drawn = int(draw(scores[None], params, torch.tensor([uniform], dtype=torch.float64))[0])
+    if drawn < 0:
+        raise ModelError(NOTHING_TO_DRAW)
+    return drawn
+
+
+def draw(scores: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
+    """A token for each row: [n] int64; -1 for a row with NaN or without any possible token.
+
+    ``scores`` [n, vocabulary], log-probabilities but for a constant; ``uniforms`` [n] float64 in [0, 1): the token is the
+    first, in order of token id, at which the cumulative probability (summed in float64) exceeds the number. Temperature 0
+    takes the token of the largest score, the smallest id among equals.
+    """
+    if params.temperature == 0.0:
+        best = scores.argmax(-1)
+        return torch.where(scores.gather(1, best[:, None])[:, 0] > -torch.inf, best, -1)
+    if params.temperature != 1.0:
+        scores = TemperatureLogitsWarper(float(params.temperature))(_NO_IDS, scores)
+    return _draw(scores, params, uniforms, _widths(params, scores.shape[1]))
+
+
+def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
+    """``scores`` [n, vocabulary] after top_k, top_p, min_p and typical_p: -inf for tokens that can't be drawn."""
+    if params.top_k:
+        scores = TopKLogitsWarper(top_k=min(params.top_k, scores.shape[-1]))(_NO_IDS, scores)
+    if params.top_p < 1.0:
+        scores = TopPLogitsWarper(top_p=float(params.top_p))(_NO_IDS, scores)
+    return _truncate_further(scores, params)
+
+
+def _truncate_further(scores: Tensor, params: SamplingParams) -> Tensor:
+    if params.min_p > 0.0:
+        scores = MinPLogitsWarper(min_p=float(params.min_p))(_NO_IDS, scores)
+    if params.typical_p < 1.0:
+        typical = cast("Callable[[Any, Tensor], Tensor]", TypicalLogitsWarper(mass=float(params.typical_p)))
+        # It sums along rows, so each comes alone.
+        scores = torch.cat([typical(None, row) for row in scores.split(1)])
+    return scores
+
+
+def _widths(params: SamplingParams, vocabulary: int) -> tuple[int, ...]:
+    """How many of the most probable tokens to look at, one try after another, before the whole vocabulary."""
+    if 0 < params.top_k < vocabulary:
+        return (params.top_k,)
+    return tuple(width for width in SHORTLISTS if params.top_p < 1.0 and width < vocabulary)
+
+
+def _draw(scores: Tensor, params: SamplingParams, uniforms: Tensor, widths: tuple[int, ...]) -> Tensor:
+    if not widths:
+        return _pick(truncate(scores, params), uniforms)
+    ids, values, sure = (_most_probable if params.top_k else _nucleus)(scores, params, widths[0])
+    ids, order = ids.sort(dim=1)
+    columns = _pick(_truncate_further(values.gather(1, order), params), uniforms)
+    tokens = torch.where(columns >= 0, ids.gather(1, columns.clamp(min=0)[:, None])[:, 0], -1)
+    rest = (~sure).nonzero()[:, 0]
+    if len(rest):
+        tokens[rest] = _draw(scores[rest], params, uniforms[rest], widths[1:])
+    return tokens
+
+
+def _most_probable(scores: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [n, count] of the most probable tokens, what top_p leaves of their scores, and the rows in which no other belongs to them."""
+    values, ids = scores.topk(count + 1)
+    # Tokens that are as probable as the last one belong to it, unless they are impossible.
+    sure = (values[:, -2] > values[:, -1]) | (values[:, -1] == -torch.inf)
+    values = values[:, :-1]
+    if params.top_p < 1.0:
+        values = TopPLogitsWarper(top_p=float(params.top_p))(_NO_IDS, values)
+    return ids[:, :-1], values, sure
+
+
+def _nucleus(scores: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [n, count] of the most probable tokens, their scores with -inf outside of the nucleus, and the rows in which that ends there.
+
+    A token is in it if those that are more probable do not reach top_p: what ``TopPLogitsWarper`` keeps, without sorting
+    the vocabulary. Where it ends between tokens that are as probable, it has not ended for certain.
+    """
+    values, ids = scores.topk(count)
+    probabilities = scores.log_softmax(-1).gather(1, ids).double().exp()
+    kept = probabilities.cumsum(1) - probabilities < params.top_p
+    last = kept.sum(1, keepdim=True) - 1
+    after = values.gather(1, (last + 1).clamp(max=count - 1))
+    sure = (values.gather(1, last.clamp(min=0)) > after)[:, 0]
+    return ids, values.masked_fill(~kept, -torch.inf), sure
+
+
+def _pick(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Columns that are drawn: [n] int64; -1 for a row with NaN or without any possible one."""
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
+    # A product that was rounded up to the total finds nothing; the last column that adds to it is meant.
+    drawn = torch.minimum(drawn, torch.searchsorted(cumulative, total))
+    return torch.where(total > 0, drawn, -1)[:, 0]
