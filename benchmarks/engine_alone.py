@@ -8,6 +8,7 @@ from typing import Any
 
 from knnlm.opening import OpenedKNNLM
 from knnlm.sampling import SamplingParams
+from knnlm_server.datastores import Datastores
 from knnlm_server.engine import DecodingEngine
 from knnlm_server.sequence import FinishEvent, GenerationRequest, Limits, RetrievalParams, StoppingParams
 
@@ -43,9 +44,12 @@ class EngineAlone:
 
     def __init__(self, opened: OpenedKNNLM, rows: int) -> None:
         self._mixture = opened.knn_lm.mixture
-        self._engine = DecodingEngine(opened.knn_lm, opened.model, opened.store, Limits(context=opened.model.context, max_concurrent=rows))
+        datastores = Datastores(opened.model, opened.knn_lm.tokenizer)
+        datastores.serve("default", opened.searchable)
+        limits = Limits(context=opened.model.context, max_concurrent=rows)
+        self._engine = DecodingEngine(opened.model, opened.knn_lm.tokenizer, datastores, limits)
         self._watch = Stopwatch()
-        retriever = opened.knn_lm.retriever
+        retriever = opened.retriever
         self._watch.watch(opened.model, "forward", "forward")
         self._watch.watch(retriever, "retrieve", "retrieval")
         self._watch.watch(retriever.index, "search", "search")

@@ -73,7 +73,7 @@ def run(session: Session) -> None:
     opened = session.opened
     model = opened.model
     say(f"model {model.name}: {sum(p.numel() for p in model._model.parameters()):,} parameters, context {model.context}, {model.dtype}")
-    say(f"datastore: {len(opened.store):,} entries, {opened.knn_lm.retriever.index.description}; {session.options.rounds} rounds")
+    say(f"datastore: {len(opened.store):,} entries, {opened.retriever.index.description}; {session.options.rounds} rounds")
     text = [token for document in session.inputs.held_out(20_000) for token in document.ids.tolist()]
     with asyncio.Runner() as runner, serving(opened.store.path, "--max-concurrent", str(MOST_STREAMS)) as server:
         streams = Streams(server.address)
