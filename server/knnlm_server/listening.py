@@ -72,6 +72,7 @@ class GRPCPort:
         reflected: bool,
         max_message_bytes: int,
     ) -> None:
+        place.ensure_free()  # before there is a gRPC server to be stopped again
         options = [*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         for add in services.values():
@@ -94,7 +95,6 @@ class GRPCPort:
         return self._bound(Place(), None)
 
     def _bound(self, place: Place, credentials: grpc.ServerCredentials | None) -> Place:
-        place.ensure_free()
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(place.address)

@@ -74,6 +74,7 @@ def test_while_the_engine_starts_requests_are_turned_away_and_health_says_so() -
         def start(self) -> None:
             self.starting.set()
             assert self.go_on.wait(WAIT_SECONDS)
+            super().start()
 
     engine = SlowEngine()
     engine.starting, engine.go_on = threading.Event(), threading.Event()  # type: ignore[attr-defined]
