@@ -81,13 +81,17 @@ class GRPCPort:
         if reflected:
             reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.place = self._bound(place, credentials)
+        self._started = False
 
     async def start(self) -> None:
         """Begin to answer."""
         await self._server.start()
+        self._started = True
 
     async def stop(self, grace: float | None) -> None:
         """End what runs after ``grace`` seconds and free the port."""
+        if not self._started:  # gRPC keeps the port of a server that is stopped before it was started
+            await self.start()
         await self._server.stop(grace)
 
     def also_on_loopback(self) -> Place:
