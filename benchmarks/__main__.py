@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from benchmarks import building, comparing, decoding, indexing, memory, opening, resuming
+from benchmarks import building, comparing, indexing, memory, opening, resuming, serving
 from benchmarks.reports import say
 from benchmarks.session import Options, Session
 from knnlm import console
@@ -22,10 +22,10 @@ BENCHMARKS: dict[str, Callable[[Session], None]] = {
     "building": building.run,
     "indexing": indexing.run,
     "comparing": comparing.run,
-    "decoding": decoding.run,
     "memory": memory.run,
     "opening": opening.run,
     "resuming": resuming.run,
+    "serving": serving.run,
 }
 
 
@@ -52,8 +52,8 @@ def _parse() -> tuple[list[str], Options]:
     parser.add_argument("--corpus", type=Path, help="text of the datastore (default: the demo's)")
     parser.add_argument("--held-out", type=Path, help="text to be compared on (default: the demo's)")
     parser.add_argument("--split-documents", help="regular expression at whose matches documents begin, in both")
-    parser.add_argument("--store", type=Path, help="indexing, comparing, decoding: a datastore that is there already")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, of which medians are taken (default 5)")
+    parser.add_argument("--store", type=Path, help="indexing, comparing, serving: a datastore that is there already")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, of which medians are taken (default 7)")
     parser.add_argument("--entries", type=int, help="indexing, building: use that many at most; opening: make up that many")
     parser.add_argument("--kills", type=int, default=12, help="resuming: how often the build is killed (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="resuming: of the moments")
