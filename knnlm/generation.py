@@ -6,11 +6,12 @@ import random
 
 from transformers.cache_utils import DynamicCache
 
+from knnlm.drawing import sample
 from knnlm.errors import InvalidInput
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 
 
 def generate(
@@ -37,7 +38,8 @@ def generate(
     draws = random.Random(params.seed)
     for _ in range(max_new_tokens):
         mixed = knn_lm.next_token(unread, mixture, cache=cache)
-        token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=len(tokens) - length)
+        generated = len(tokens) - length
+        token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=generated, base=mixed.lm_log_probs[0])
         if token in model.eos_ids:
             break
         tokens.append(token)

@@ -154,7 +154,7 @@ def test_a_server_that_comes_late_is_waited_for() -> None:
 
         waiting = threading.Thread(target=use)
         waiting.start()
-        with running(FakeEngine(), port):
+        with running(FakeEngine(), port=port):
             waiting.join(WAIT_SECONDS)
     assert found == ["ab!"]
 
@@ -168,7 +168,7 @@ def test_a_server_that_dies_ends_the_stream_and_its_successor_answers() -> None:
             server.kill()
             with pytest.raises(ServerUnavailable):
                 next(events)
-        with running(FakeEngine(), port):
+        with running(FakeEngine(), port=port):
             client.wait_until_ready(WAIT_SECONDS)
             assert client.generate("hi", max_new_tokens=8).text == "ab!"
 
