@@ -37,7 +37,8 @@ def generate(
     draws = random.Random(params.seed)
     for _ in range(max_new_tokens):
         mixed = knn_lm.next_token(unread, mixture, cache=cache)
-        token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=len(tokens) - length)
+        generated = len(tokens) - length
+        token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=generated, base=mixed.lm_log_probs[0])
         if token in model.eos_ids:
             break
         tokens.append(token)

@@ -27,12 +27,14 @@ from knnlm.tokenization import TextTokenizer
 @dataclass(frozen=True)
 class Mixed:
     """One step's result for n rows: ``log_probs`` [n, vocabulary] of the mixture; ``neighbors`` [n, k]; ``votes``
-    [n, k] float32, log p_kNN of each neighbour's token; ``weight`` [n] float64, the λ that was used."""
+    [n, k] float32, log p_kNN of each neighbour's token; ``weight`` [n] float64, the λ that was used; ``lm_log_probs``
+    [n, vocabulary] of the base LM alone."""
 
     log_probs: Tensor
     neighbors: Neighbors
     votes: Tensor
     weight: Tensor
+    lm_log_probs: Tensor
 
     @property
     def knn_log_probs(self) -> Tensor:
@@ -41,12 +43,20 @@ class Mixed:
 
     def rows(self, rows: list[int]) -> Mixed:
         """Some of the rows, in this order."""
-        return Mixed(self.log_probs[rows], self.neighbors.each(lambda part: part[rows]), self.votes[rows], self.weight[rows])
+        return Mixed(
+            self.log_probs[rows], self.neighbors.each(lambda part: part[rows]), self.votes[rows], self.weight[rows], self.lm_log_probs[rows]
+        )
 
     def knn_log_prob(self, row: int, token: int) -> float:
         """One value of :attr:`knn_log_probs`."""
         votes = self.votes[row][self.neighbors.tokens[row] == token]
         return float(votes.max()) if len(votes) else -math.inf
+
+    def knn_share(self, row: int, token: int) -> float:
+        """Part of the token's probability that came from the neighbours, 0 to 1."""
+        knn = self.knn_log_prob(row, token)
+        # A token that neither has can be drawn where all others were forbidden.
+        return 0.0 if knn == -math.inf else min(1.0, float(self.weight[row]) * math.exp(knn - float(self.log_probs[row, token])))
 
 
 def mix_neighbors(lm_log_probs: Tensor, neighbors: Neighbors, *, temperature: Tensor, weight: Tensor) -> Mixed:
@@ -56,11 +66,11 @@ def mix_neighbors(lm_log_probs: Tensor, neighbors: Neighbors, *, temperature: Te
     """
     used = effective_weight(weight, neighbors.found)
     if neighbors.ids.shape[1] == 0:
-        return Mixed(lm_log_probs, neighbors, neighbors.distances, used)
+        return Mixed(lm_log_probs, neighbors, neighbors.distances, used, lm_log_probs)
     neighbors = heaviest_first(neighbors, temperature)
     votes = neighbor_token_log_probs(neighbors, temperature)
     mixed = interpolate_at(lm_log_probs, neighbors.tokens, votes, used)
-    return Mixed(mixed, neighbors, votes, used)
+    return Mixed(mixed, neighbors, votes, used, lm_log_probs)
 
 
 class KNNLanguageModel:

@@ -146,10 +146,9 @@ def open_store(
     """
     given = GivenMixture(k, temperature, weight)
     datastore = Datastore.open(store, verify=verify)
-    mixture, mixture_source = _mixture(datastore, given)
     source = ModelSource.of(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = source.load()
-    searchable = _searchable(datastore, device, mixture, mixture_source)
+    searchable = _searchable(datastore, device, given, loaded.dtype)
     return OpenedKNNLM(_knn_lm(loaded, searchable, searchable.retriever), searchable, loaded)
 
 
@@ -179,21 +178,27 @@ def open_mix(
         raise InvalidInput("weights", f"names {', '.join(unknown)}, but the datastores are {', '.join(stores)}.")
     opened = {name: Datastore.open(path, verify=verify) for name, path in stores.items()}
     require_mixable({name: store.manifest for name, store in opened.items()})
-    mixture, mixture_source = _mixture(next(iter(opened.values())), GivenMixture(k, temperature, weight))
     manifest = next(iter(opened.values())).manifest
     loaded = ModelSource.of(manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code).load()
-    searchable = {name: _searchable(store, device, mixture, mixture_source) for name, store in opened.items()}
+    given = GivenMixture(k, temperature, weight)
+    searchable = {name: _searchable(store, device, given, loaded.dtype) for name, store in opened.items()}
     mix = StoreMix([part.retriever for part in searchable.values()], [weights.get(name, 1.0) for name in searchable])
     return OpenedMix(_knn_lm(loaded, next(iter(searchable.values())), mix), searchable, loaded)
 
 
 def open_searchable(
-    store: str | Path, *, device: str = "cpu", k: int | None = None, temperature: float | None = None, weight: float | None = None,
+    store: str | Path,
+    *,
+    dtype: str,
+    device: str = "cpu",
+    k: int | None = None,
+    temperature: float | None = None,
+    weight: float | None = None,
     verify: bool = False,
-) -> SearchableStore:  # fmt: skip
-    """Open the datastore at ``store`` with its index and no model, for one that is loaded already; see :func:`open_store`."""
-    datastore = Datastore.open(store, verify=verify)
-    return _searchable(datastore, device, *_mixture(datastore, GivenMixture(k, temperature, weight)))
+) -> SearchableStore:
+    """Open the datastore at ``store`` with its index and no model, for one that is loaded already and computes in
+    ``dtype``; see :func:`open_store`."""
+    return _searchable(Datastore.open(store, verify=verify), device, GivenMixture(k, temperature, weight), dtype)
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,6 @@ class GivenMixture:
 def _mixture(store: Datastore, given: GivenMixture) -> tuple[Mixture, str]:
     """The mixture that applies, and where it comes from."""
     profile = store.profile
-    if profile is not None:
-        _require_same_distance(store, profile)
     chosen = {name: value for name, value in vars(given).items() if value is not None}
     mixture = replace(profile.mixture if profile else Mixture(), **chosen).validate()
     settings_from = "calibrated profile" if profile else "defaults"
@@ -218,8 +221,11 @@ def _mixture(store: Datastore, given: GivenMixture) -> tuple[Mixture, str]:
     return mixture, settings_from
 
 
-def _searchable(datastore: Datastore, device: str, mixture: Mixture, mixture_source: str) -> SearchableStore:
+def _searchable(datastore: Datastore, device: str, given: GivenMixture, dtype: str) -> SearchableStore:
+    mixture, mixture_source = _mixture(datastore, given)
     datastore, index = _with_index(datastore, device)
+    if datastore.profile is not None and None in vars(given).values():
+        require_profile_fits(datastore, datastore.profile, dtype, index)
     retriever = Retriever(index, datastore.keys, datastore.values, search_settings(datastore, index), datastore.allowed)
     return SearchableStore(datastore, retriever, mixture, mixture_source)
 
@@ -229,14 +235,27 @@ def _knn_lm(model: HFLanguageModel, first: SearchableStore, source: NeighborSour
     return KNNLanguageModel(model, model.tokenizer(text.bos, text.eos), source, first.mixture)  # type: ignore[arg-type]
 
 
-def _require_same_distance(store: Datastore, profile: Profile) -> None:
-    """A temperature that fits one kind of distance makes another distribution of the other."""
-    distance = store.manifest.key.distance
-    if profile.distance != distance:
-        raise StoreMismatch(
-            f"{store.path / PROFILE} was calibrated with distances of the kind {profile.distance!r}, but those of this datastore are "
-            f"{distance!r}; calibrate it again, or delete the file."
-        )
+def profile_facts(store: Datastore, dtype: str, index: NeighborIndex) -> dict[str, str]:
+    """What a profile belongs to beside its kind of distance: with another of these, the same settings make another mixture."""
+    manifest = store.manifest
+    return {
+        # Without the device: results are those of the CPU.
+        "index": index.description.rpartition(" (")[0],
+        "model": manifest.model.fingerprint.weights,
+        "key_layer": manifest.key.layer.kind,
+        "dtype": dtype,
+    }
+
+
+def require_profile_fits(store: Datastore, profile: Profile, dtype: str, index: NeighborIndex) -> None:
+    """Raise :class:`StoreMismatch`, naming the difference, for a profile that was calibrated with something else."""
+    facts = {"distance": "exact" if store.manifest.key.stored else "index", **profile_facts(store, dtype, index)}
+    for name, calibrated in {"distance": profile.distance, **profile.belongs}.items():
+        if (found := facts.get(name)) != calibrated:
+            raise StoreMismatch(
+                f"{store.path / PROFILE} was calibrated with the {name.replace('_', ' ')} {calibrated!r}, but it is {found!r} now; "
+                "calibrate again (knnlm calibrate), give k, temperature and weight, or delete the file."
+            )
 
 
 def _with_index(opened: Datastore, device: str) -> tuple[Datastore, NeighborIndex]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from knnlm.datastore.files import read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import InvalidInput, StoreDamaged
@@ -14,15 +16,23 @@ PROFILE = "profile.json"
 
 @dataclass(frozen=True)
 class Profile:
-    """A mixture and where it comes from. ``distance``: ``exact`` or ``index``, the kind it was calibrated with."""
+    """A mixture and where it comes from.
+
+    ``distance``: ``exact`` or ``index``, the kind it was calibrated with. ``belongs``: what else it belongs to, by name (index,
+    model, key layer, dtype); what is not named is not asked for. ``measured``: for people, what the calibration saw.
+    """
 
     mixture: Mixture
     distance: str
     source: str
+    belongs: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, store: Path) -> None:
         """Write ``profile.json`` atomically."""
-        write_json_with_checksum(store / PROFILE, {**asdict(self.mixture), "distance": self.distance, "source": self.source})
+        content = {**asdict(self.mixture), "distance": self.distance, "source": self.source}
+        further = {"belongs": dict(self.belongs), "measured": dict(self.measured)}
+        write_json_with_checksum(store / PROFILE, {**content, **{name: value for name, value in further.items() if value}})
 
     @classmethod
     def read(cls, store: Path) -> Profile | None:
@@ -33,6 +43,7 @@ class Profile:
         content = read_json_with_checksum(path)
         try:
             mixture = Mixture(k=int(content["k"]), temperature=float(content["temperature"]), weight=float(content["weight"]))
-            return cls(mixture.validate(), str(content["distance"]), str(content["source"]))
+            belongs = {str(name): str(value) for name, value in dict(content.get("belongs", {})).items()}
+            return cls(mixture.validate(), str(content["distance"]), str(content["source"]), belongs, dict(content.get("measured", {})))
         except (KeyError, TypeError, ValueError, InvalidInput) as error:
             raise StoreDamaged(f"{path} is damaged: {error!r}.") from error

@@ -19,10 +19,22 @@ from knnlm.distribution import knn_token_log_probs
 from knnlm.interpolation import effective_weight, interpolate
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
+from knnlm.model import LanguageModel
 from knnlm.neighbors import Neighbors
 from knnlm.windows import PlacedWindow, Windowing, length_batches, windows
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """One batch of windows as the LM reads it. ``rows`` [n] int64: the place of each target among all tokens; ``targets``
+    [n] int64; ``log_probs`` [n, vocabulary] float32, the LM's; ``queries`` [n, dimension] float32."""
+
+    rows: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    queries: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,23 @@ def score(
 
     Rows are numbered in document order: document 0's token 1 is row 0. Batches hold windows of one length.
     """
+    started = time.perf_counter()
+    for batch in read(knn_lm.model, documents, windowing, batch_tokens=batch_tokens):
+        after_lm = time.perf_counter()
+        lm = batch.log_probs.gather(1, batch.targets[:, None])[:, 0]
+        neighbors = knn_lm.retriever.retrieve(batch.queries, mixture.k if mixture.weight > 0 else 0)
+        knn = knn_token_log_probs(neighbors, mixture.temperature, batch.targets)
+        weight = effective_weight(torch.full((len(lm),), mixture.weight, dtype=torch.float64), neighbors.found)
+        mixed = interpolate(lm, knn, weight)
+        yield ScoredBatch(batch.rows, lm, knn, mixed, neighbors, after_lm - started, time.perf_counter() - after_lm)
+        started = time.perf_counter()
+
+
+def read(model: LanguageModel, documents: Iterable[IntArray], windowing: Windowing, *, batch_tokens: int = 2048) -> Iterator[ReadBatch]:
+    """Read every token but the first of each document as a target, batch by batch; rows as :func:`score` numbers them."""
     stream = _Stream(documents)
     for batch in length_batches(stream.place(windowing), batch_tokens):
-        yield _score_batch(knn_lm, stream, batch, mixture)
+        yield _read_batch(model, stream, batch)
         stream.forget(batch)
 
 
@@ -85,25 +111,19 @@ class _Stream:
                 self._held[item.origin] = (tokens, left - 1)
 
 
-def _score_batch(knn_lm: KNNLanguageModel, stream: _Stream, batch: list[PlacedWindow], mixture: Mixture) -> ScoredBatch:
-    started = time.perf_counter()
+def _read_batch(model: LanguageModel, stream: _Stream, batch: list[PlacedWindow]) -> ReadBatch:
     tokens = torch.stack([stream.tokens(item) for item in batch])
     # Windows of one length differ in how many of their last columns are targets; logits are made for the widest.
     widest = max(item.window.target_count for item in batch)
     length = tokens.shape[1] - 1
     columns = torch.arange(length - widest, length)
     is_target = torch.stack([torch.arange(widest) >= widest - item.window.target_count for item in batch])
-    device = knn_lm.model.device
-    out = knn_lm.model.forward(tokens[:, :-1].to(device), columns=columns.to(device))
+    out = model.forward(tokens[:, :-1].to(model.device), columns=columns.to(model.device))
     assert out.logits is not None
-    targets = tokens[:, 1 + length - widest :][is_target]
-    normalized = out.logits.float().log_softmax(-1).cpu()[is_target]
-    lm = normalized.gather(1, targets[:, None])[:, 0]
-    queries = out.keys[:, columns.to(device)].float().cpu()[is_target]
     rows = torch.cat([torch.arange(item.row, item.row + item.window.target_count) for item in batch])
-    after_lm = time.perf_counter()
-    neighbors = knn_lm.retriever.retrieve(queries, mixture.k if mixture.weight > 0 else 0)
-    knn = knn_token_log_probs(neighbors, mixture.temperature, targets)
-    weight = effective_weight(torch.full((len(lm),), mixture.weight, dtype=torch.float64), neighbors.found)
-    mixed = interpolate(lm, knn, weight)
-    return ScoredBatch(rows, lm, knn, mixed, neighbors, after_lm - started, time.perf_counter() - after_lm)
+    return ReadBatch(
+        rows,
+        tokens[:, 1 + length - widest :][is_target],
+        out.logits.float().log_softmax(-1).cpu()[is_target],
+        out.keys[:, columns.to(model.device)].float().cpu()[is_target],
+    )

@@ -7,8 +7,10 @@ import random
 from collections.abc import Set
 
 from knnlm.tokenization import TextTokenizer
+from knnlm_server.completion_evidence import EvidenceCollector
+from knnlm_server.row_sampling import RowDraw
 from knnlm_server.scheduler import Sequence
-from knnlm_server.sequence import FinishEvent, FinishReason, GenerationRequest
+from knnlm_server.sequence import FinishEvent, FinishReason, GenerationRequest, Limits
 from knnlm_server.served_stores import ChosenStores
 from knnlm_server.text_stream import TextStream
 
@@ -19,9 +21,20 @@ def sample_seed(seed: int | None, sample: int) -> int | str | None:
 
 
 class Completion(Sequence):
-    """One of a request's samples, from its prompt to its end. ``stores``: its datastores, held until then."""
+    """One of a request's samples, from its prompt to its end.
 
-    def __init__(self, request: GenerationRequest, sample: int, tokenizer: TextTokenizer, stores: ChosenStores | None = None) -> None:
+    ``stores``: its datastores, held until then. ``evidence`` is gathered where it was asked for, and names at most
+    ``most_documents``.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        sample: int,
+        tokenizer: TextTokenizer,
+        stores: ChosenStores | None = None,
+        most_documents: int = Limits.max_evidence_documents,
+    ) -> None:
         seconds = request.stopping.max_seconds
         deadline = math.inf if seconds is None else request.arrived + seconds
         super().__init__(request.request_id, request.prompt, request.tenant, deadline, sample)
@@ -29,6 +42,8 @@ class Completion(Sequence):
         self.text = TextStream(tokenizer, request.prompt, request.stopping.stop_strings)
         self.random = random.Random(sample_seed(request.sampling.seed, sample))
         self.log_prob_sum = 0.0
+        by_number = {served.number: served for served, _ in self.stores.weights}
+        self.evidence = EvidenceCollector(by_number, tokenizer.decode, most_documents) if request.detail.evidence else None
 
     @property
     def may_end(self) -> bool:
@@ -39,6 +54,11 @@ class Completion(Sequence):
         """Tokens that end the completion."""
         stopping = self.request.stopping
         return {*stopping.stop_token_ids} if stopping.ignore_eos else {*stopping.stop_token_ids, *eos_ids}
+
+    def next_draw(self, eos_ids: Set[int]) -> RowDraw:
+        """How the next token is drawn; each call takes a new random number."""
+        ends = () if self.may_end else self.ends(eos_ids)
+        return RowDraw(self.request.sampling, self.tokens, self.generated, self.random.random(), ends)
 
     def take(self, token: int, eos_ids: Set[int]) -> tuple[str, FinishReason | None]:
         """Add the next token; return the text that is certain now, and why the completion ends with it (None: it goes on)."""
@@ -58,7 +78,8 @@ class Completion(Sequence):
         mean = None
         if self.request.mean_log_prob:
             mean = self.log_prob_sum / self.generated if self.generated else 0.0
-        return FinishEvent(reason, self.text.finish(), len(self.prompt), self.generated, self.sample, mean_log_prob=mean)
+        evidence = None if self.evidence is None else self.evidence.result()
+        return FinishEvent(reason, self.text.finish(), len(self.prompt), self.generated, self.sample, evidence, mean)
 
     def _ended_by(self, token: int, eos_ids: Set[int]) -> FinishReason | None:
         if token in self.request.stopping.stop_token_ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,17 +30,17 @@ class NamedStore(Protocol):
 
 
 class EvidenceCollector:
-    """Gathers the evidence of one completion. ``numbered`` gives the datastore of a number that neighbours have.
+    """Gathers the evidence of one completion.
 
-    Documents that are removed while the completion grows are not named at its end.
+    ``stores``: its datastores by the number that neighbours have; ``decode`` makes text of tokens; at most
+    ``most_documents`` are named, and none that was removed while the completion grew.
     """
 
-    def __init__(self, numbered: Callable[[int], NamedStore]) -> None:
-        self._numbered = numbered
+    def __init__(self, stores: Mapping[int, NamedStore], decode: Callable[[list[int]], str], most_documents: int) -> None:
+        self._stores, self._decode, self._most_documents = stores, decode, most_documents
         self._tokens: list[int] = []
         self._changed = self._searched = 0
-        self._stores: dict[int, NamedStore] = {}
-        self._runs: dict[int, VerbatimRuns] = {}
+        self._runs = {number: VerbatimRuns(named.store) for number, named in sorted(stores.items())}
         self._weights: dict[tuple[int, int], float] = defaultdict(float)  # by number of datastore and document
 
     def add(self, token: int, alone: int, found: Neighbors | None, temperature: float, share: float) -> None:
@@ -56,10 +56,10 @@ class EvidenceCollector:
         for number, runs in self._runs.items():
             runs.add(self._tokens, voters.get(number, np.zeros(0, np.int64)))
 
-    def result(self, decode: Callable[[list[int]], str], most_documents: int) -> CompletionEvidence:
-        """The evidence of all tokens so far, with at most ``most_documents`` documents; ``decode`` makes text of tokens."""
+    def result(self) -> CompletionEvidence:
+        """The evidence of all tokens so far."""
         changed = self._changed / len(self._tokens) if self._tokens else 0.0
-        return CompletionEvidence(changed, self._searched, self._documents(most_documents), self._verbatim(decode))
+        return CompletionEvidence(changed, self._searched, self._documents(), self._verbatim())
 
     def _count(self, token: int, found: Neighbors, temperature: float, share: float) -> dict[int, Ints]:
         """Give documents their parts of ``share``; returns the entries that voted for ``token``, by number of datastore."""
@@ -69,32 +69,26 @@ class EvidenceCollector:
         parts = share * _normalized(log_weights(found, temperature)[0][voted].numpy())
         voters = {int(number): entries[numbers == number] for number in np.unique(numbers)}
         for number, mine in voters.items():
-            documents, which = np.unique(self._documents_of(number, mine), return_inverse=True)
+            documents, which = np.unique(self._stores[number].store.documents.of_entries(mine), return_inverse=True)
             weights = np.bincount(which, weights=parts[numbers == number])
             for document, weight in zip(documents.tolist(), weights.tolist(), strict=True):
                 self._weights[number, document] += weight
         return voters
 
-    def _documents_of(self, number: int, entries: Ints) -> Ints:
-        if number not in self._stores:
-            self._stores[number] = self._numbered(number)
-            self._runs[number] = VerbatimRuns(self._stores[number].store)
-        return self._stores[number].store.documents.of_entries(entries)
-
-    def _documents(self, most: int) -> tuple[DocumentWeight, ...]:
+    def _documents(self) -> tuple[DocumentWeight, ...]:
         """The heaviest ones; of equal ones in the order of datastores and documents."""
         removed = {number: set(named.store.tombstones.documents.tolist()) for number, named in self._stores.items()}
         left = [(key, weight) for key, weight in self._weights.items() if key[1] not in removed[key[0]]]
         left.sort(key=lambda item: (-item[1], item[0]))
         weights = []
-        for (number, row), weight in left[:most]:
+        for (number, row), weight in left[: self._most_documents]:
             named = self._stores[number]
             document = named.store.documents[row]
             weights.append(DocumentWeight(named.name, document.id, document.source, weight))
         return tuple(weights)
 
-    def _verbatim(self, decode: Callable[[list[int]], str]) -> VerbatimRun | None:
-        found = [(number, run) for number, runs in sorted(self._runs.items()) if (run := runs.longest()) is not None]
+    def _verbatim(self) -> VerbatimRun | None:
+        found = [(number, run) for number, runs in self._runs.items() if (run := runs.longest()) is not None]
         if not found:
             return None
         number, run = min(found, key=lambda item: (-item[1].tokens, item[1].start))
@@ -105,7 +99,7 @@ class EvidenceCollector:
         return VerbatimRun(
             start=run.start,
             tokens=run.tokens,
-            text=decode(self._tokens[run.start : run.start + run.tokens]),
+            text=self._decode(self._tokens[run.start : run.start + run.tokens]),
             datastore=named.name,
             document_id=document.id,
             source=document.source,

@@ -149,7 +149,13 @@ class Datastores:
     def _open(self, name: str, path: Path) -> ServedStore:
         options = self._options
         opened = open_searchable(
-            path, device=options.device, k=options.k, temperature=options.temperature, weight=options.weight, verify=options.verify
+            path,
+            dtype=self._model.dtype,
+            device=options.device,
+            k=options.k,
+            temperature=options.temperature,
+            weight=options.weight,
+            verify=options.verify,
         )
         try:
             opened.store.manifest.require_model(self._model)

@@ -18,13 +18,14 @@ from torch import Tensor
 from knnlm.datastore_mix import retrieve_union
 from knnlm.knn_lm import KNNLanguageModel, Mixed, mix_neighbors
 from knnlm.model import HFLanguageModel
-from knnlm.sampling import sample
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.completion import Completion
 from knnlm_server.datastores import Datastores
 from knnlm_server.errors import EngineFailed
 from knnlm_server.kv_cache import SlotCache
 from knnlm_server.lookup import Lookup
+from knnlm_server.prefix_blocks import BLOCK_TOKENS
+from knnlm_server.row_sampling import draw_rows
 from knnlm_server.scheduler import STEP_TOKENS, RowGroup, Scheduler
 from knnlm_server.scorings import Scorings
 from knnlm_server.sequence import (
@@ -42,6 +43,8 @@ from knnlm_server.served_stores import shares_of
 from knnlm_server.step_meter import StepMeter
 from knnlm_server.telemetry import EngineObserver, Unobserved
 from knnlm_server.token_events import TokenReporter
+
+PREFIX_BYTES = 64 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,20 @@ class _Ready(Generic[S]):
         return _Ready([self.sequences[row] for row in rows], self.logits[rows], self.keys[rows])
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A row's next token, and the one that the base model alone would have drawn; or what went wrong with that row."""
+
+    token: int | Exception
+    alone: int | Exception
+
+
+def _said(token: int | Exception) -> int:
+    if isinstance(token, Exception):
+        raise token
+    return token
+
+
 def _completions(ready: _Ready[Completion | Lookup], lm: Tensor, mixed: Mixed) -> tuple[_Ready[Completion], Tensor, Mixed]:
     """The rows that get a token."""
     sequences = [sequence for sequence in ready.sequences if isinstance(sequence, Completion)]
@@ -90,8 +107,9 @@ def _completions(ready: _Ready[Completion | Lookup], lm: Tensor, mixed: Mixed) -
 class DecodingEngine:
     """Generates for many requests at once. :meth:`add` and :meth:`cancel` between steps, :meth:`step` until idle.
 
-    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``observer`` is told of each
-    step; ``clock``: seconds in which requests say when they arrived.
+    ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``prefix_bytes``: for beginnings
+    of prompts that are kept for others that share them (0: none are), in blocks of ``block_tokens``. ``observer`` is told
+    of each step. ``clock``: seconds in which requests say when they arrived.
     """
 
     def __init__(
@@ -102,10 +120,13 @@ class DecodingEngine:
         limits: Limits,
         step_tokens: int = STEP_TOKENS,
         *,
+        prefix_bytes: int = PREFIX_BYTES,
+        block_tokens: int = BLOCK_TOKENS,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._tokenizer, self._datastores, self._limits, self._step_tokens = model, tokenizer, datastores, limits, step_tokens
+        self._prefix_bytes, self._block_tokens = prefix_bytes, block_tokens
         self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
         self._observer_failed = False
         self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
@@ -124,7 +145,8 @@ class DecodingEngine:
         Raises :class:`~knnlm_server.errors.QueueFull` and :class:`~knnlm_server.errors.DatastoreNotLoaded`.
         """
         stores = self._datastores.choose(request.retrieval)
-        self._add(request.request_id, [Completion(request, number, self._tokenizer, stores) for number in range(request.samples)])
+        documents = self._limits.max_evidence_documents
+        self._add(request.request_id, [Completion(request, n, self._tokenizer, stores, documents) for n in range(request.samples)])
 
     def add_retrieve(self, request: RetrieveRequest) -> None:
         """Queue a context whose neighbours are wanted; as :meth:`add`."""
@@ -174,7 +196,9 @@ class DecodingEngine:
         return [Output(request_id, EngineFailed.of(error)) for request_id in ids]
 
     def _start_over(self) -> None:
-        self._cache = SlotCache(self._model.layers, self._limits.max_concurrent, self._limits.context)
+        self._cache = SlotCache(
+            self._model.layers, self._limits.max_concurrent, self._limits.context, self._prefix_bytes, self._block_tokens
+        )
         self._scheduler: Scheduler[Completion | Lookup] = Scheduler(self._cache, self._limits, self._step_tokens)
         self._requests.clear()
         self._scorings.clear()
@@ -318,47 +342,35 @@ class DecodingEngine:
 
     def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
         outputs: list[Output] = []
-        for row, (completion, token) in enumerate(zip(ready.sequences, self._choose(ready, lm, mixed), strict=True)):
+        for row, (completion, drawn) in enumerate(zip(ready.sequences, self._draw(ready, lm, mixed), strict=True)):
             if completion not in self._requests.get(completion.request_id, ()):
                 continue  # another sample of its request failed in this step
             try:
-                if isinstance(token, Exception):
-                    raise token
-                outputs += self._next_token(row, completion, token, lm, mixed)
+                outputs += self._next_token(row, completion, drawn, lm, mixed)
             except Exception as error:
                 outputs += self._fail(completion.request_id, error)
         return outputs
 
-    def _next_token(self, row: int, completion: Completion, token: int, lm: Tensor, mixed: Mixed) -> list[Output]:
+    def _next_token(self, row: int, completion: Completion, drawn: _Drawn, lm: Tensor, mixed: Mixed) -> list[Output]:
+        token = _said(drawn.token)
         text, reason = completion.take(token, self._model.eos_ids)
         if completion.request.mean_log_prob:
             completion.log_prob_sum += float(mixed.log_probs[row, token])
+        if completion.evidence is not None:
+            retrieval = completion.request.retrieval
+            found = mixed.neighbors.row(row) if retrieval.weight > 0 else None
+            completion.evidence.add(token, _said(drawn.alone), found, retrieval.temperature, mixed.knn_share(row, token))
         event = Output(completion.request_id, self._event(row, completion, token, text, lm, mixed))
         return [event] if reason is None else [event, *self._end(completion, reason)]
 
-    def _choose(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[int | Exception]:
-        """The next token of each row, or what went wrong with that row alone."""
-        greedy = mixed.log_probs.argmax(-1).tolist()
-        chosen: list[int | Exception] = []
-        for row, completion in enumerate(ready.sequences):
-            try:
-                chosen.append(self._choose_one(row, completion, greedy[row], lm, mixed))
-            except Exception as error:
-                chosen.append(error)
-        return chosen
-
-    def _choose_one(self, row: int, completion: Completion, greedy: int, lm: Tensor, mixed: Mixed) -> int:
-        params, uniform = completion.request.sampling, completion.random.random()
-        ends = set() if completion.may_end else completion.ends(self._model.eos_ids)
-        if params.temperature == 0.0 and params.repetition_penalty == 1.0 and not ends:
-            return greedy
-        log_probs = mixed.log_probs[row]
-        if ends:
-            forbidden = torch.tensor(sorted(ends))
-            log_probs = log_probs.index_fill(0, forbidden, -torch.inf)
-            if not bool(log_probs.isfinite().any()):  # at weight 1, all neighbours may say that the text ends here
-                log_probs = lm[row].index_fill(0, forbidden, -torch.inf)
-        return sample(log_probs, params, completion.tokens, uniform)
+    def _draw(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[_Drawn]:
+        """The next token of each row."""
+        rows = [completion.next_draw(self._model.eos_ids) for completion in ready.sequences]
+        drawn = draw_rows(mixed.log_probs, lm, rows)
+        # What would have been without retrieval is a question of those alone that asked and searched.
+        asked = [row for row, c in enumerate(ready.sequences) if c.evidence is not None and c.request.retrieval.weight > 0]
+        alone = dict(zip(asked, draw_rows(lm[asked], lm[asked], [rows[row] for row in asked]) if asked else (), strict=True))
+        return [_Drawn(token, alone.get(row, token)) for row, token in enumerate(drawn)]
 
     def _event(self, row: int, completion: Completion, token: int, text: str, lm: Tensor, mixed: Mixed) -> TokenEvent:
         request = completion.request

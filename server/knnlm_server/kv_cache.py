@@ -6,12 +6,16 @@ row's length there are zeros, never leftovers: a NaN behind the mask would still
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from knnlm_server.prefix_blocks import BLOCK_TOKENS
+from knnlm_server.prefix_cache import PrefixCache
 
 
 @dataclass
@@ -60,10 +64,16 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """Rows for ``slots`` sequences of up to ``capacity`` tokens. The scheduler's :class:`Rows`."""
+    """Rows for ``slots`` sequences of up to ``capacity`` tokens. The scheduler's :class:`Rows`.
 
-    def __init__(self, layers: int, slots: int, capacity: int) -> None:
+    ``prefix_bytes``: for beginnings of texts that are kept for others that share them (0: none are), in blocks of
+    ``block_tokens``.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int, prefix_bytes: int = 0, block_tokens: int = BLOCK_TOKENS) -> None:
         self.slots, self.capacity = slots, capacity
+        self.block_tokens = block_tokens if prefix_bytes else 0
+        self._prefixes = PrefixCache(prefix_bytes, block_tokens)
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
         self.placement = _Placement(0, 0, torch.zeros((0, 0), dtype=torch.int64), 0)
@@ -96,6 +106,14 @@ class SlotCache(Cache):
         """Fill a row with zeros up to ``length`` tokens: all that it holds."""
         for store in self._stores():
             store[row, :, :length] = 0
+
+    def reuse(self, row: int, computed: int, tokens: Sequence[int], tenant: str) -> int:
+        """Copy into a row what is kept of its text; see :meth:`PrefixCache.load`."""
+        return self._prefixes.load(self._stores(), row, computed, tokens, tenant)
+
+    def keep(self, row: int, tokens: Sequence[int], tenant: str) -> None:
+        """Keep what a row holds of its text; see :meth:`PrefixCache.save`."""
+        self._prefixes.save(self._stores(), row, tokens, tenant)
 
     def _stores(self) -> list[Tensor]:
         return [store for layer in self._slot_layers for store in (layer.keys, layer.values) if store is not None]

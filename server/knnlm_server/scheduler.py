@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -21,6 +22,19 @@ S = TypeVar("S", bound="Sequence")
 
 class Rows(Protocol):
     """The cache, as far as scheduling moves its rows. ``length``: tokens of the row that hold something."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the blocks in which beginnings of texts are kept for others; 0 where none are."""
+
+    def reuse(self, row: int, computed: int, tokens: list[int], tenant: str) -> int:
+        """Copy what is kept of a text into a row that holds its first ``computed`` tokens; how many it holds then.
+
+        Always less than all: the last token has to be computed.
+        """
+
+    def keep(self, row: int, tokens: list[int], tenant: str) -> None:
+        """Keep the full blocks of a text, all of which the row holds."""
 
     def swap(self, first: int, second: int, length: int) -> None:
         """Exchange two rows; neither holds more than ``length`` tokens."""
@@ -36,7 +50,7 @@ class Sequence:
     ``tenant``: whose it is (None: it shares computed prefixes with nobody). ``deadline``: when its time is over, in seconds of
     the engine's clock. ``sample``: which one of its request's sequences. ``arrival``: its number in the order of arrival, given
     by the scheduler. ``reused``: tokens of its prompt that were not computed again. ``started``: whether its reading was told of.
-    Equal to itself alone.
+    ``leader``: an older one whose first ``shared`` tokens are its own too, and which is just being read. Equal to itself alone.
     """
 
     request_id: str
@@ -49,6 +63,8 @@ class Sequence:
     arrival: int = field(default=0, init=False)
     reused: int = field(default=0, init=False)
     started: bool = field(default=False, init=False)
+    leader: Sequence | None = field(default=None, init=False)
+    shared: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -112,7 +128,7 @@ class Scheduler(Generic[S]):
     def schedule(self) -> list[RowGroup[S]]:
         """The groups of the next step: all decoding rows, and prompts in chunks up to the budget of tokens."""
         while self.waiting and len(self.running) < self._limits.max_concurrent:
-            self.running.append(self.waiting.pop(0))
+            self._admit(self._next())
         groups = []
         if self._decoding:
             decoding = self.running[: self._decoding]
@@ -125,15 +141,18 @@ class Scheduler(Generic[S]):
         """Note that a group's tokens are in the cache; rows whose prompt is read go over to decoding."""
         for sequence, count in zip(group.sequences, group.counts, strict=True):
             sequence.computed += count
-            row = self.running.index(sequence)
-            if row >= self._decoding and not sequence.remaining:
-                self._promote(row)
+            if not sequence.generated:
+                self._keep(sequence, sequence.computed - count)
+                if not sequence.remaining:
+                    self._promote(self.running.index(sequence))
 
     def finish(self, sequence: S) -> None:
         """Take a sequence out, wherever it is; its row is filled by the last of its group, that one by the last of all."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             return
+        if sequence.generated:
+            self._keep(sequence, len(sequence.prompt))
         hole = self.running.index(sequence)
         if hole < self._decoding:
             self._decoding -= 1
@@ -143,21 +162,76 @@ class Scheduler(Generic[S]):
         self.running.pop()
         self._rows.clear(len(self.running), sequence.computed)
 
+    def _next(self) -> S:
+        """Who gets the free row: the oldest of the tenant that has the fewest, so that many requests of one delay no other."""
+        rows = Counter(sequence.tenant for sequence in self.running)
+        return min(self.waiting, key=lambda sequence: (rows[sequence.tenant], sequence.arrival))
+
+    def _admit(self, sequence: S) -> None:
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self._reuse(sequence)
+        self._follow(sequence)
+
     def _prompts(self) -> RowGroup[S]:
-        # A row that was filled by the last one holds a prompt that came late: the oldest is read first, or it would starve.
-        self._exchange(self._decoding, min(range(self._decoding, len(self.running)), key=lambda row: self.running[row].arrival))
+        """The oldest prompts first, whichever rows they got."""
         budget = max(1, self._step_tokens - self._decoding)
         sequences: list[S] = []
         counts: list[int] = []
-        for sequence in self.running[self._decoding :]:
+        reading = [sequence for sequence in self.running[self._decoding :] if not self._held(sequence)]
+        for sequence in sorted(reading, key=lambda sequence: sequence.arrival):
             count = min(sequence.remaining, budget - sum(counts))
             # Rows of a step are as wide as the widest; a row that would mostly add padding waits for the next step.
             padded = max([*counts, count]) * (len(counts) + 1)
             if count <= 0 or (counts and padded > 2 * self._step_tokens):
                 break
+            self._exchange(self._decoding + len(sequences), self.running.index(sequence))
             sequences.append(sequence)
             counts.append(count)
         return RowGroup(self._decoding, sequences, counts)
+
+    def _reuse(self, sequence: S) -> None:
+        if self._rows.block_tokens and sequence.tenant is not None:
+            before = sequence.computed
+            sequence.computed = self._rows.reuse(self.running.index(sequence), before, sequence.tokens, sequence.tenant)
+            sequence.reused += sequence.computed - before
+
+    def _keep(self, sequence: S, before: int) -> None:
+        """Keep what a row holds for others, where that is a block more than its first ``before`` tokens."""
+        block = self._rows.block_tokens
+        if block and sequence.tenant is not None and sequence.computed // block > before // block:
+            self._rows.keep(self.running.index(sequence), sequence.tokens[: sequence.computed], sequence.tenant)
+
+    def _follow(self, sequence: S) -> None:
+        """Find the prompt in reading that shares most with this one, and more than is computed of it.
+
+        Only older ones are followed, so the oldest always goes on, and nobody waits longer than it would for them anyway.
+        """
+        sequence.leader, sequence.shared = None, sequence.computed
+        for other in self.running[self._decoding :]:
+            if other.arrival < sequence.arrival and other.tenant == sequence.tenant is not None:
+                shared = self._in_common(sequence, other)
+                if shared > max(sequence.shared, other.computed):
+                    sequence.leader, sequence.shared = other, shared
+
+    def _held(self, sequence: S) -> bool:
+        """Whether a prompt waits for its leader to be read as far as they are the same."""
+        leader = sequence.leader
+        if leader is None:
+            return False
+        if leader in self.running and leader.computed < sequence.shared:
+            return True
+        self._reuse(sequence)
+        self._follow(sequence)
+        return sequence.leader is not None
+
+    def _in_common(self, sequence: S, other: S) -> int:
+        """Tokens of the full blocks that two prompts begin with alike, the last token of the first left out."""
+        block, end = self._rows.block_tokens, 0
+        most = min(len(sequence.prompt) - 1, len(other.prompt))
+        while block and end + block <= most and sequence.prompt[end : end + block] == other.prompt[end : end + block]:
+            end += block
+        return end
 
     def _promote(self, row: int) -> None:
         self._exchange(self._decoding, row)

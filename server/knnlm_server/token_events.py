@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +45,11 @@ class TokenReporter:
         return tuple(self._evidence(self._numbered(store), entry, distance, share) for store, entry, distance, share in places)
 
     def _log_probs(self, row: int, token: int, lm: Tensor, mixed: Mixed) -> dict[str, float]:
-        log_prob, weight = float(mixed.log_probs[row, token]), float(mixed.weight[row])
-        found = {"log_prob": log_prob, "lm_log_prob": float(lm[row, token]), "interpolation_weight": weight, "knn_share": 0.0}
+        weight = float(mixed.weight[row])
+        found = {"log_prob": float(mixed.log_probs[row, token]), "lm_log_prob": float(lm[row, token]), "interpolation_weight": weight}
         if weight > 0:
-            knn = mixed.knn_log_prob(row, token)
-            found |= {"knn_log_prob": knn, "knn_share": min(1.0, weight * math.exp(knn - log_prob))}
-        return found
+            found["knn_log_prob"] = mixed.knn_log_prob(row, token)
+        return found | {"knn_share": mixed.knn_share(row, token)}
 
     def _alternatives(self, row: int, detail: DetailParams, lm: Tensor, mixed: Mixed) -> tuple[Alternative, ...]:
         values, ids = mixed.log_probs[row].topk(min(detail.alternatives, mixed.log_probs.shape[1]))

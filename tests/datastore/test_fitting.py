@@ -119,7 +119,7 @@ def test_names_that_are_not_there_and_no_names(stores: dict[str, Path]) -> None:
 
 
 def test_a_store_is_opened_for_a_model_that_is_loaded_already(stores: dict[str, Path]) -> None:
-    opened, with_model = open_searchable(stores["news"], k=3), knnlm.open_store(stores["news"], k=3)
+    opened, with_model = open_searchable(stores["news"], dtype="float32", k=3), knnlm.open_store(stores["news"], k=3)
     assert (opened.mixture, opened.mixture_source) == (with_model.knn_lm.mixture, "k given, the rest defaults")
     assert opened.mixture_source == with_model.mixture_source
     query = torch.zeros(1, 32)

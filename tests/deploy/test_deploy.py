@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from knnlm_server.configuration import Setting, settings_of
 from knnlm_server.serve_command import serve
 

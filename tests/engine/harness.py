@@ -33,6 +33,7 @@ from knnlm_server.sequence import (
     StoppingParams,
     TokenEvent,
 )
+from knnlm_server.telemetry import StepReport
 
 GREEDY = SamplingParams(temperature=0.0)
 LM_ALONE = RetrievalParams(0.0, 8, 10.0)
@@ -97,19 +98,41 @@ class CountingIndex:
         return self._index.search(queries, k, count, probes=probes, allowed=allowed)
 
 
+class Observed:
+    """What the engine tells of its work."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.reused: dict[str, int] = {}
+        self.waited: dict[str, float] = {}
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(report.prompt_tokens for report in self.steps)
+
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def admitted(self, request_id: str, waited_seconds: float, prompt_tokens: int, reused_tokens: int) -> None:
+        assert request_id not in self.reused, "a request is admitted once"
+        assert 0 <= reused_tokens < prompt_tokens
+        self.reused[request_id], self.waited[request_id] = reused_tokens, waited_seconds
+
+
 class RecordingEngine(DecodingEngine):
-    """Writes down the key of every token that it generates, and how many rows each step brought to the mixture."""
+    """Writes down the key of every token that it generates, and how many rows each step brought to sampling."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.keys: dict[str, list[Tensor]] = defaultdict(list)
         self.rows_of_steps: list[int] = []
-        super().__init__(*args, **options)
+        self.observed = Observed()
+        super().__init__(*args, **{"observer": self.observed, **options})
 
-    def _mix(self, ready: _Ready) -> tuple[Tensor, Mixed]:
+    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[int | Exception]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
             self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
-        return super()._mix(ready)
+        return super()._choose(ready, lm, mixed)
 
 
 def sample_name(request_id: str, sample: int) -> str:

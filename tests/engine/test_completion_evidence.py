@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,9 +60,15 @@ def token_stores(tiny_gpt2_path: Path, tmp_path_factory: pytest.TempPathFactory)
     return [Named(f"store-{number}", Datastore.open(folder / f"store-{number}")) for number in range(2)]
 
 
-def collect(stores: Sequence[Named], completion: Sequence[int], votes: Sequence[Votes]) -> EvidenceCollector:
+def spell(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+def collect(
+    stores: Sequence[Named], completion: Sequence[int], votes: Sequence[Votes], decode: Callable[[list[int]], str] = spell, most: int = MANY
+) -> EvidenceCollector:
     """A collector that was given all tokens."""
-    collector = EvidenceCollector(lambda number: stores[number])
+    collector = EvidenceCollector(dict(enumerate(stores)), decode, most)
     for token, found in zip(completion, votes, strict=True):
         neighbors = None
         if found.searched:
@@ -76,7 +82,7 @@ def collect(stores: Sequence[Named], completion: Sequence[int], votes: Sequence[
 
 
 def evidence(stores: Sequence[Named], completion: Sequence[int], votes: Sequence[Votes], most: int = MANY) -> CompletionEvidence:
-    return collect(stores, completion, votes).result(lambda tokens: " ".join(map(str, tokens)), most)
+    return collect(stores, completion, votes, most=most).result()
 
 
 def entries_with_tokens(store: Datastore) -> list[tuple[int, int]]:
@@ -149,7 +155,7 @@ def test_runs_are_those_of_brute_force(token_stores: list[Named], case: tuple[in
     named = token_stores[number]
     assert (found.tokens, found.start, found.datastore) == (-tokens, start, named.name)
     assert found.document_id == named.store.documents[document].id
-    assert found.text == " ".join(map(str, completion[start : start - tokens]))
+    assert found.text == spell(completion[start : start - tokens])
     assert (found.character_start, found.character_end, found.line) == (None, None, None)
 
 
@@ -203,13 +209,13 @@ def test_removed_documents_are_not_named_and_the_next_best_run_is(token_stores: 
     path = Path(shutil.copytree(token_stores[0].store.path, tmp_path / "store"))
     stores = [Named("copy", Datastore.open(path))]
     collectors = [collect(stores, *make_case(stores, seed, 24, generous=True)) for seed in range(6)]
-    before = [collector.result(str, MANY) for collector in collectors]
+    before = [collector.result() for collector in collectors]
     gone = {found.verbatim.document_id for found in before[:1] if found.verbatim}
     remove_documents(path, sorted(gone), {})
     assert stores[0].store.refresh()
     changed = 0
     for collector, old in zip(collectors, before, strict=True):
-        new = collector.result(str, MANY)
+        new = collector.result()
         assert new.documents == tuple(d for d in old.documents if d.document_id not in gone)
         assert new.verbatim is not None
         assert old.verbatim is not None
@@ -232,7 +238,7 @@ def test_a_run_is_told_with_its_characters_and_line(tiny_gpt2_path: Path, tmp_pa
     noise = next(token for token in range(1, 300) if token != all_tokens[begin - 1])
     completion = [noise, *all_tokens[begin:], 0]  # with the EOS of the document
     votes = [Votes() if i != 3 else Votes([(0, begin + 1, completion[3], 0.0)], 1.0) for i in range(len(completion))]
-    run = collect(stores, completion, votes).result(tokenizer.decode, MANY).verbatim
+    run = collect(stores, completion, votes, tokenizer.decode).result().verbatim
     assert run is not None
     assert (run.start, run.tokens) == (1, len(completion) - 1)
     assert run.text == text[len("One line.\n") :]

@@ -20,9 +20,9 @@ from transformers import LogitNormalization, RepetitionPenaltyLogitsProcessor
 from knnlm.evaluation.scoring import score
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.sampling import SamplingParams
-from knnlm.sampling import sample as real_sample
-from knnlm_server import engine as engine_module
+from knnlm.penalties import allowed_scores as real_allowed_scores
+from knnlm.sampling import SamplingParams, sample
+from knnlm_server import row_sampling
 from knnlm_server.errors import EngineFailed, QueueFull
 from knnlm_server.sequence import (
     DetailParams,
@@ -256,7 +256,7 @@ def test_a_seed_counts_every_token_also_those_that_a_penalty_changed(parts: Part
     chance, tokens = random.Random(21), list(asked.prompt)
     for _ in range(12):
         mixed = parts.knn_lm.next_token(tokens, Mixture(MIXED.k, MIXED.temperature, MIXED.weight))
-        tokens.append(real_sample(mixed.log_probs[0], params, tokens, chance.random()))
+        tokens.append(sample(mixed.log_probs[0], params, tokens, chance.random()))
     assert complete(make_engine(parts), asked, *noise(2))["a"].tokens == tokens[len(asked.prompt) :]
 
 
@@ -495,10 +495,12 @@ def test_the_weights_of_neighbours_make_up_the_probability_of_the_token(gpt2: Pa
 # --- 5. What breaks ends as little as it can ---
 
 
-def _fail_for_seed_13(log_probs: torch.Tensor, params: SamplingParams, history: list[int], uniform: float) -> int:
-    if params.seed == 13 and len(history) > 8:
+def _fail_for_seed_13(
+    log_probs: torch.Tensor, base: torch.Tensor, params: SamplingParams, tokens: list[int], generated: int, ends: set[int]
+) -> torch.Tensor:
+    if params.seed == 13 and len(tokens) > 8:
         raise ValueError("unlucky")
-    return real_sample(log_probs, params, history, uniform)
+    return real_allowed_scores(log_probs, base, params, tokens, generated, ends)
 
 
 def _check_the_others_go_on(parts: Parts, engine: RecordingEngine, broken: GenerationRequest, others: list[GenerationRequest]) -> None:
@@ -517,9 +519,10 @@ def test_sampling_that_fails_ends_its_own_request(gpt2: Parts, monkeypatch: pyte
     others = noise(3)
     for other in others:
         alone(gpt2, other)
-    monkeypatch.setattr(engine_module, "sample", _fail_for_seed_13)
+    monkeypatch.setattr(row_sampling, "allowed_scores", _fail_for_seed_13)
     engine = make_engine(gpt2, max_concurrent=4)
-    broken = request("broken", random_prompt(6, 1), SamplingParams(temperature=1.0, seed=13), max_new_tokens=20, ignore_eos=True)
+    sampling = SamplingParams(temperature=1.0, presence_penalty=0.1, seed=13)
+    broken = request("broken", random_prompt(6, 1), sampling, max_new_tokens=20, ignore_eos=True)
     _check_the_others_go_on(gpt2, engine, broken, others)
     assert len(engine.keys["broken"]) == 4, "it ended with the step that failed"
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from knnlm_server.errors import QueueFull
+from knnlm_server.prefix_blocks import PrefixBlocks
 from knnlm_server.scheduler import RowGroup, Scheduler, Sequence
 from knnlm_server.sequence import Limits
 
 FRESH = itertools.count()
+
+
+BLOCK = 4
 
 
 class Asked(Sequence):
@@ -26,25 +31,42 @@ class Asked(Sequence):
 
 
 class FakeRows:
-    """Cells that hold token numbers. Every token of these tests is unique, so a cell tells whose it is."""
+    """Cells that hold token numbers and for whom they were computed, and a pool of blocks of them.
 
-    def __init__(self, rows: int) -> None:
-        self.cells: list[list[int]] = [[] for _ in range(rows)]
-        self.moved = 0
+    Tokens are unique but for the beginnings that prompts share, so a cell tells whose it is.
+    """
+
+    def __init__(self, rows: int, blocks: int = 0) -> None:
+        self.cells: list[list[tuple[int, str | None]]] = [[] for _ in range(rows)]
+        self.block_tokens = BLOCK if blocks else 0
+        self._blocks = PrefixBlocks(blocks, BLOCK)
+        self._pool: list[list[tuple[int, str | None]]] = [[] for _ in range(blocks)]
 
     def swap(self, first: int, second: int, length: int) -> None:
         assert first != second, "a swap with itself is work for nothing"
         assert max(len(self.cells[first]), len(self.cells[second])) <= length, "tokens beyond the length stay behind"
         self.cells[first], self.cells[second] = self.cells[second], self.cells[first]
-        self.moved += length
 
     def clear(self, row: int, length: int) -> None:
         assert len(self.cells[row]) <= length, "tokens beyond the length are left over"
         self.cells[row] = []
 
+    def reuse(self, row: int, computed: int, tokens: list[int], tenant: str) -> int:
+        assert len(self.cells[row]) == computed
+        found = [cell for place in self._blocks.find(tokens[:-1], tenant) for cell in self._pool[place]]
+        self.cells[row] += found[computed:]
+        return max(computed, len(found))
 
-def sequence(prompt: int, max_new_tokens: int = 1) -> Asked:
-    made = Asked(str(next(FRESH)), tuple(next(FRESH) for _ in range(prompt)))
+    def keep(self, row: int, tokens: list[int], tenant: str) -> None:
+        assert [token for token, _ in self.cells[row]] == tokens, "only what is computed can be kept"
+        known, places = self._blocks.add(tokens, tenant)
+        for number, place in enumerate(places, start=known):
+            self._pool[place] = self.cells[row][number * BLOCK : (number + 1) * BLOCK]
+
+
+def sequence(prompt: int | list[int], max_new_tokens: int = 1, tenant: str | None = None, sample: int = 0) -> Asked:
+    tokens = [next(FRESH) for _ in range(prompt)] if isinstance(prompt, int) else prompt
+    made = Asked(str(next(FRESH)), tuple(tokens), tenant, sample=sample)
     made.max_new_tokens = max_new_tokens
     return made
 
@@ -58,9 +80,10 @@ def compute(scheduler: Scheduler[Asked], rows: FakeRows, group: RowGroup[Asked])
     assert len(group.sequences) == len(group.counts) > 0
     for offset, (seq, count) in enumerate(zip(group.sequences, group.counts, strict=True)):
         cells = rows.cells[group.start + offset]
-        assert cells == seq.tokens[: seq.computed], "a row holds another sequence's tokens"
+        assert [token for token, _ in cells] == seq.tokens[: seq.computed], "a row holds another sequence's tokens"
+        assert all(tenant == seq.tenant for _, tenant in cells), "a row holds what was computed for another tenant"
         assert 1 <= count <= seq.remaining
-        cells += seq.tokens[seq.computed : seq.computed + count]
+        cells += [(token, seq.tenant) for token in seq.tokens[seq.computed : seq.computed + count]]
     ready = [s for s, count in zip(group.sequences, group.counts, strict=True) if s.remaining == count]
     scheduler.computed(group)
     return ready
@@ -78,41 +101,55 @@ def step(scheduler: Scheduler[Asked], rows: FakeRows) -> list[Asked]:
     return done
 
 
-def most_steps(running: list[Asked], step_tokens: int, slots: int) -> int:
-    """Steps after which the youngest of ``running`` is done, if prompts are read in the order of arrival."""
+def most_steps(sequences: list[Asked], step_tokens: int, slots: int) -> int:
+    """Steps after which the youngest of ``sequences`` is done, if prompts are read in the order of arrival."""
     budget = max(1, step_tokens - slots)
-    reading = sum(math.ceil(max(0, len(s.prompt) - s.computed) / budget) + 1 for s in running)
-    return reading + running[-1].max_new_tokens
+    reading = sum(math.ceil(max(0, len(s.prompt) - s.computed) / budget) + 1 for s in sequences)
+    return reading + sequences[-1].max_new_tokens
+
+
+PLENTY = 10_000
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, steps and cancellations in any order."""
+    """Arrivals of one or several samples, for several tenants, with beginnings in common; steps, cancellations and timeouts."""
 
-    @initialize(slots=st.integers(1, 5), step_tokens=st.integers(1, 12), queue=st.integers(1, 6), queue_tokens=st.integers(1, 60))
-    def set_up(self, slots: int, step_tokens: int, queue: int, queue_tokens: int) -> None:
+    @initialize(
+        slots=st.integers(1, 5), step_tokens=st.integers(1, 12), queue=st.integers(1, 6), queue_tokens=st.integers(1, 60),
+        blocks=st.sampled_from([0, 1, 3, PLENTY, PLENTY]),
+    )  # fmt: skip
+    def set_up(self, slots: int, step_tokens: int, queue: int, queue_tokens: int, blocks: int) -> None:
         self.limits = limits(max_concurrent=slots, max_waiting_requests=queue, max_waiting_tokens=queue_tokens)
-        self.rows, self.step_tokens = FakeRows(slots), step_tokens
-        self.scheduler = Scheduler(self.rows, self.limits, step_tokens)
+        self.rows, self.step_tokens, self.blocks = FakeRows(slots, blocks), step_tokens, blocks
+        self.scheduler: Scheduler[Asked] = Scheduler(self.rows, self.limits, step_tokens)
         self.arrived: list[Asked] = []  # of those that are not done, in order of arrival
-        self.deadlines: dict[str, int] = {}  # by request id, from admission on
+        self.deadlines: dict[Asked, int] = {}  # from admission on
+        self.read: set[tuple[str | None, tuple[int, ...]]] = set()  # beginnings of prompts whose last block was computed
+        self.texts = [[next(FRESH) for _ in range(30)] for _ in range(2)]
         self.steps = 0
 
-    @rule(prompt=st.one_of(st.integers(1, 6), st.integers(1, 40)), new_tokens=st.integers(1, 6))
-    def arrive(self, prompt: int, new_tokens: int) -> None:
-        waiting = list(self.scheduler.waiting)
-        tokens = sum(len(s.tokens) for s in waiting) + prompt
+    @rule(
+        shared=st.tuples(st.integers(0, 1), st.sampled_from([0, 0, 3, 5, 8, 14, 22, 30])), own=st.integers(0, 10),
+        new_tokens=st.integers(1, 6), tenant=st.sampled_from(["a", "a", "b", None]), samples=st.sampled_from([1, 1, 1, 2, 3]),
+    )  # fmt: skip
+    def arrive(self, shared: tuple[int, int], own: int, new_tokens: int, tenant: str | None, samples: int) -> None:
+        before = list(self.scheduler.waiting)
+        waiting = {s.request_id: len(s.prompt) for s in before}
+        prompt = self.texts[shared[0]][: shared[1]] + [next(FRESH) for _ in range(own or not shared[1])]
+        newcomers = [sequence(prompt, new_tokens, tenant, sample) for sample in range(samples)]
+        for newcomer in newcomers:
+            newcomer.request_id = newcomers[0].request_id
+        tokens = sum(waiting.values()) + len(prompt)
         full = len(waiting) >= self.limits.max_waiting_requests
-        too_long = bool(waiting) and tokens > self.limits.max_waiting_tokens
-        newcomer = sequence(prompt, new_tokens)
-        if full or too_long:
+        if full or (waiting and tokens > self.limits.max_waiting_tokens):
             numbers = (len(waiting), self.limits.max_waiting_requests) if full else (tokens, self.limits.max_waiting_tokens)
             with pytest.raises(QueueFull) as caught:
-                self.scheduler.add([newcomer])
+                self.scheduler.add(newcomers)
             assert all(str(number) in str(caught.value) for number in numbers)
-            assert list(self.scheduler.waiting) == waiting
+            assert self.scheduler.waiting == before
         else:
-            self.scheduler.add([newcomer])
-            self.arrived.append(newcomer)
+            self.scheduler.add(newcomers)
+            self.arrived += newcomers
 
     @rule(times=st.integers(1, 4))
     def steps_pass(self, times: int) -> None:
@@ -125,22 +162,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         leaving = data.draw(st.sampled_from(range(len(self.arrived))))
         self.scheduler.finish(self.arrived.pop(leaving))
 
+    @precondition(lambda self: self.arrived)
+    @rule(data=st.data())
+    def run_out_of_time(self, data: st.DataObject) -> None:
+        late = data.draw(st.lists(st.sampled_from(self.arrived), max_size=3, unique_by=id))
+        for seq in late:
+            seq.deadline = 10.0
+        assert self.scheduler.expired(9.9) == []
+        assert set(self.scheduler.expired(10.0)) == set(late)
+        for seq in late:
+            self.scheduler.finish(seq)
+            self.arrived.remove(seq)
+
     def _one_step(self) -> None:
         before = list(self.scheduler.running)
         groups = self.scheduler.schedule()
-        admitted = [s for s in self.scheduler.running if not any(s is other for other in before)]
+        admitted = [s for s in self.scheduler.running if s not in before]
         self._check_admission(before, admitted)
         decoding = [s for s in self.scheduler.running if s.computed >= len(s.prompt)]
-        prompts = [s for s in self.scheduler.running if s.computed < len(s.prompt)]
-        counts = dict(zip((s.request_id for g in groups for s in g.sequences), (c for g in groups for c in g.counts), strict=True))
+        prompts = [s for s in self.arrived if s in self.scheduler.running and s not in decoding]
+        counts = dict(zip((s for g in groups for s in g.sequences), (c for g in groups for c in g.counts), strict=True))
         assert len(counts) == sum(len(g.counts) for g in groups), "a sequence is served twice in one step"
-        assert all(counts[s.request_id] == 1 for s in decoding), "every decoding row brings one token"
+        assert all(counts[s] == 1 for s in decoding), "every decoding row brings one token"
         assert sum(counts.values()) <= max(self.step_tokens, len(decoding) + 1)
         if prompts:
-            oldest = next(s for s in self.arrived if any(s is other for other in prompts))
-            assert oldest.request_id in counts, "the prompt that waits longest is not read"
+            assert prompts[0] in counts, "the prompt that waits longest is not read"
             read = groups[-1]
             assert len(read.counts) == 1 or max(read.counts) * len(read.counts) <= 2 * self.step_tokens, "mostly padding"
+        self._check_nothing_is_read_twice(counts)
         for group in groups:
             for seq in compute(self.scheduler, self.rows, group):
                 seq.tokens.append(next(FRESH))
@@ -148,17 +197,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         for seq in list(self.scheduler.running):
             if seq.generated == seq.max_new_tokens:
                 self.scheduler.finish(seq)
-                self.arrived = [s for s in self.arrived if s is not seq]
+                self.arrived.remove(seq)
             else:
-                assert self.steps <= self.deadlines[seq.request_id], "an admitted sequence starves"
+                assert self.steps <= self.deadlines[seq], "an admitted sequence starves"
 
     def _check_admission(self, before: list[Asked], admitted: list[Asked]) -> None:
-        candidates = [s for s in self.arrived if not any(s is other for other in before)]
+        candidates = [s for s in self.arrived if s not in before]
         assert len(before) + len(admitted) == min(len(self.arrived), self.limits.max_concurrent), "a free row and a waiting request"
-        assert sorted(s.request_id for s in admitted) == sorted(s.request_id for s in candidates[: len(admitted)])
-        for seq in candidates[: len(admitted)]:
-            older = [s for s in self.arrived[: self.arrived.index(seq) + 1] if any(s is other for other in self.scheduler.running)]
-            self.deadlines[seq.request_id] = self.steps + most_steps(older, self.step_tokens, self.limits.max_concurrent)
+        rows = Counter(s.tenant for s in self.scheduler.running)
+        for tenant in ("a", "b", None):
+            own = [s for s in candidates if s.tenant == tenant]
+            new = {s for s in admitted if s.tenant == tenant}
+            assert new == set(own[: len(new)]), "a younger request of a tenant passes an older one"
+            if len(own) > len(new):
+                assert all(rows[s.tenant] <= rows[tenant] + 1 for s in admitted), "a tenant gets more than its share"
+        for seq in admitted:
+            older = self.arrived[: self.arrived.index(seq) + 1]
+            self.deadlines[seq] = self.steps + most_steps(older, self.step_tokens, self.limits.max_concurrent)
+
+    def _check_nothing_is_read_twice(self, counts: dict[Asked, int]) -> None:
+        """With room for all, no block of a tenant's prompts is computed again (but for a prompt's last token)."""
+        for seq, count in counts.items():
+            for end in range(BLOCK, len(seq.prompt), BLOCK):
+                if self.blocks == PLENTY and seq.tenant is not None and seq.computed < end <= seq.computed + count:
+                    beginning = seq.tenant, seq.prompt[:end]
+                    assert beginning not in self.read, "a prompt's beginning is computed a second time"
+                    self.read.add(beginning)
 
     @invariant()
     def rows_are_in_order(self) -> None:
@@ -166,14 +230,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(running) <= self.limits.max_concurrent
         for row, cells in enumerate(self.rows.cells):
             expected = running[row].tokens[: running[row].computed] if row < len(running) else []
-            assert cells == expected
+            assert [token for token, _ in cells] == expected
         reading = [s.computed < len(s.prompt) for s in running]
         assert reading == sorted(reading), "a prompt lies before a decoding row"
 
     @invariant()
     def nothing_is_lost(self) -> None:
         known = [*self.scheduler.running, *self.scheduler.waiting]
-        assert sorted(s.request_id for s in known) == sorted(s.request_id for s in self.arrived)
+        assert len(known) == len(self.arrived)
+        assert set(known) == set(self.arrived)
         assert self.scheduler.idle == (not self.arrived)
 
     def teardown(self) -> None:
@@ -193,7 +258,7 @@ TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=3
 def test_a_long_prompt_is_read_while_short_requests_come_and_go_without_end() -> None:
     slots, step_tokens = 4, 10
     rows = FakeRows(slots)
-    scheduler = Scheduler(rows, limits(max_concurrent=slots), step_tokens)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=slots), step_tokens)
     for number in range(2):
         scheduler.add([sequence(1, 2 + number)])
     step(scheduler, rows)
@@ -209,7 +274,7 @@ def test_a_long_prompt_is_read_while_short_requests_come_and_go_without_end() ->
 
 def test_prompts_are_read_together_up_to_the_budget() -> None:
     rows = FakeRows(4)
-    scheduler = Scheduler(rows, limits(max_concurrent=4), step_tokens=10)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=4), step_tokens=10)
     short, other, long = sequence(4), sequence(3), sequence(20)
     for seq in (short, other, long):
         scheduler.add([seq])
@@ -220,7 +285,7 @@ def test_prompts_are_read_together_up_to_the_budget() -> None:
 
 def test_rows_that_would_mostly_be_padding_wait_for_the_next_step() -> None:
     rows = FakeRows(4)
-    scheduler = Scheduler(rows, limits(max_concurrent=4), step_tokens=12)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=4), step_tokens=12)
     for seq in (sequence(9), sequence(1), sequence(1), sequence(1)):
         scheduler.add([seq])
     (group,) = scheduler.schedule()
@@ -229,7 +294,7 @@ def test_rows_that_would_mostly_be_padding_wait_for_the_next_step() -> None:
 
 def test_all_rows_decode_even_where_they_are_more_than_the_budget() -> None:
     rows = FakeRows(4)
-    scheduler = Scheduler(rows, limits(max_concurrent=4), step_tokens=2)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=4), step_tokens=2)
     for seq in [sequence(1, 50) for _ in range(3)]:
         scheduler.add([seq])
     for _ in range(3):
@@ -242,18 +307,88 @@ def test_all_rows_decode_even_where_they_are_more_than_the_budget() -> None:
 
 
 def test_one_request_longer_than_the_queue_is_taken_when_nothing_else_waits() -> None:
-    scheduler = Scheduler(FakeRows(1), limits(max_concurrent=1, max_waiting_tokens=10), step_tokens=4)
+    scheduler: Scheduler[Asked] = Scheduler(FakeRows(1), limits(max_concurrent=1, max_waiting_tokens=10), step_tokens=4)
     scheduler.add([sequence(50)])
     with pytest.raises(QueueFull, match="51 prompt tokens would be waiting, the limit is 10"):
         scheduler.add([sequence(1)])
 
 
 def test_the_queue_counts_requests_and_says_so() -> None:
-    scheduler = Scheduler(FakeRows(1), limits(max_concurrent=1, max_waiting_requests=2), step_tokens=4)
+    scheduler: Scheduler[Asked] = Scheduler(FakeRows(1), limits(max_concurrent=1, max_waiting_requests=2), step_tokens=4)
     for _ in range(2):
         scheduler.add([sequence(1)])
     with pytest.raises(QueueFull, match="2 requests are waiting, the limit is 2"):
         scheduler.add([sequence(1)])
+
+
+def test_many_requests_of_one_tenant_delay_another_by_the_rows_that_run_and_no_more() -> None:
+    rows = FakeRows(2)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=2), step_tokens=8)
+    for _ in range(20):
+        scheduler.add([sequence(2, 3, "greedy")])
+    step(scheduler, rows)
+    modest = sequence(2, 3, "modest")
+    scheduler.add([modest])
+    for _ in range(3):
+        step(scheduler, rows)
+    assert modest in scheduler.running
+
+
+def test_samples_of_a_request_count_their_prompt_once() -> None:
+    scheduler: Scheduler[Asked] = Scheduler(
+        FakeRows(1), limits(max_concurrent=1, max_waiting_requests=2, max_waiting_tokens=25), step_tokens=4
+    )
+    for _ in range(2):
+        first = sequence(10)
+        others = [sequence(list(first.prompt), sample=sample) for sample in range(1, 8)]
+        for other in others:
+            other.request_id = first.request_id
+        scheduler.add([first, *others])
+    assert len(scheduler.waiting) == 16
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        scheduler.add([sequence(1)])
+
+
+def test_a_prompt_waits_for_the_beginning_that_an_older_one_reads_and_takes_it_over() -> None:
+    rows = FakeRows(3, blocks=PLENTY)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=3), step_tokens=10)
+    first = sequence(18, tenant="a")
+    same = sequence([*first.prompt[:16], next(FRESH)], tenant="a")
+    foreign = sequence(list(first.prompt), tenant="b")
+    for seq in (first, same, foreign):
+        scheduler.add([seq])
+    assert step(scheduler, rows) == []
+    assert (first.computed, same.computed, foreign.computed) == (10, 0, 0), "it waits, and the budget is the older one's"
+    step(scheduler, rows)
+    assert (same.computed, foreign.computed) == (0, 2), "what the older one left of the budget goes to the one that shares nothing"
+    assert step(scheduler, rows) == [same]
+    assert (same.reused, foreign.reused) == (16, 0)
+
+
+def test_a_prompt_whose_leader_is_cancelled_goes_on_from_what_it_left() -> None:
+    rows = FakeRows(2, blocks=PLENTY)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=2), step_tokens=9)
+    first = sequence(40, tenant="a")
+    second = sequence(list(first.prompt), tenant="a")
+    scheduler.add([first])
+    scheduler.add([second])
+    step(scheduler, rows)
+    scheduler.finish(first)
+    step(scheduler, rows)
+    assert (second.reused, second.computed) == (8, 17)
+
+
+def test_what_a_completion_said_is_kept_for_the_next_prompt() -> None:
+    rows = FakeRows(1, blocks=PLENTY)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=1), step_tokens=20)
+    first = sequence(6, 9, tenant="a")
+    scheduler.add([first])
+    while not scheduler.idle:
+        step(scheduler, rows)
+    again = sequence([*first.tokens, next(FRESH)], tenant="a")
+    scheduler.add([again])
+    step(scheduler, rows)
+    assert again.reused == 12, "14 of its 15 tokens were computed, three blocks of 4"
 
 
 def test_importing_the_scheduler_imports_neither_torch_nor_grpc() -> None:

@@ -1,0 +1,100 @@
+"""``knnlm calibrate``: the profile it writes is the best of what ``compare`` would have found, and belongs to its store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knnlm.datastore.profile import PROFILE, Profile
+from knnlm.model import HFLanguageModel
+from tests.stores import build, knnlm, text_folder
+from tests.tiny import tiny_corpus
+
+
+@pytest.fixture(scope="module")
+def whole(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrate")
+    build(text_folder(folder / "corpus", tiny_corpus(8)), folder / "store", gpt2, index="IVF4,SQ8", keys="float32", max_length=16)
+    text_folder(folder / "valid", tiny_corpus(4, seed=3))
+    return folder
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole / "store", tmp_path / "store"))
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    assert knnlm(*arguments, "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def compared(capsys: pytest.CaptureFixture[str], store: Path, whole: Path, *options: str) -> dict[str, Any]:
+    return said(capsys, "compare", store, "--text", whole / "valid", *options)
+
+
+def test_compare_finds_the_perplexities_that_calibrate_promised(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "32")
+    assert found["saved"]
+    after = compared(capsys, store, whole)
+    assert after["settings"]["mixture_from"] == "calibrated profile"
+    assert {name: after["settings"][name] for name in ("k", "knn_temperature", "weight")} == {
+        name: found[name] for name in ("k", "knn_temperature", "weight")
+    }
+    assert after["base"]["value"] == pytest.approx(found["base_perplexity"], rel=1e-4)
+    # A search for fewer neighbours may look less far.
+    assert after["knn"]["value"] == pytest.approx(found["perplexity"], rel=5e-3)
+    for options in (("--weight", "0.9"), ("--knn-temperature", "1000"), ("--k", "1")):
+        assert compared(capsys, store, whole, *options)["knn"]["value"] > after["knn"]["value"] * (1 - 5e-3)
+
+
+def test_twice_is_the_same_and_a_cache_spares_the_search(
+    store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("calibrate", store, "--text", whole / "valid", "--k", "16", "--cache", tmp_path / "cache")
+    first = said(capsys, *line)
+    profile = (store / PROFILE).read_bytes()
+    monkeypatch.setattr(HFLanguageModel, "forward", None)
+    assert said(capsys, *line) == first
+    assert (store / PROFILE).read_bytes() == profile
+
+
+def test_dry_run_changes_nothing(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "8", "--dry-run")["saved"]
+    assert not (store / PROFILE).exists()
+    assert knnlm("calibrate", store, "--text", whole / "valid", "--k", "8", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "not saved (--dry-run)" in shown
+    assert "best mixture" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("index", "FAISS Flat"), ("model", "0123"), ("key_layer", "last_hidden"), ("dtype", "bfloat16")]
+)
+def test_a_profile_of_something_else_is_refused_until_calibrated_again(
+    store: Path, whole: Path, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "8")
+    profile = Profile.read(store)
+    assert profile is not None
+    assert set(profile.belongs) == {"index", "model", "key_layer", "dtype"}
+    replace(profile, belongs={**profile.belongs, name: value}).write(store)
+    assert knnlm("compare", store, "--text", whole / "valid") == 1
+    error = capsys.readouterr().err
+    assert f"was calibrated with the {name.replace('_', ' ')} {value!r}, but it is {profile.belongs[name]!r} now" in error
+    compared(capsys, store, whole, "--k", "4", "--knn-temperature", "3", "--weight", "0.1")
+    said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "8")
+    compared(capsys, store, whole)
+
+
+def test_text_without_tokens_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("a")
+    assert knnlm("calibrate", store, "--text", tmp_path / "empty.txt") == 1
+    assert "no document has at least two tokens" in capsys.readouterr().err
