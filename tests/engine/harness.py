@@ -20,7 +20,7 @@ from knnlm.opening import SearchableStore
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
 from knnlm_server.datastores import Datastores
-from knnlm_server.engine import DecodingEngine, Output, _Ready
+from knnlm_server.engine import DecodingEngine, Output, _Drawn, _Ready
 from knnlm_server.errors import EngineFailed
 from knnlm_server.sequence import (
     DetailParams,
@@ -128,7 +128,7 @@ class RecordingEngine(DecodingEngine):
         self.observed = Observed()
         super().__init__(*args, **{"observer": self.observed, **options})
 
-    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[int | Exception]:
+    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[_Drawn]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
             self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
