@@ -129,7 +129,7 @@ async def _phases(server: ServerProcess, plan: Plan) -> Run:
         await run.phase(f"{load:.0%} of it", lambda clients, rate=rate: open_loop(clients, run.mix, rate, plan.seconds, chance), rate)  # type: ignore[misc]
     rate = LOAD_OF_EVENTS * most
     names = [store.name for store in info.datastores]
-    reload = partial(_reload, server, names, plan.seconds)
+    reload = partial(_reload, run, names)
     await run.phase("reloads", lambda clients: open_loop(clients, run.mix, rate, plan.seconds, chance, [reload]), rate)
     if plan.minutes:
         seconds = 60 * plan.minutes
@@ -147,15 +147,18 @@ async def _one_by_one(run: Run, clients: Clients) -> list[Ended]:
     return ends
 
 
-async def _reload(server: ServerProcess, names: Sequence[str], seconds: float) -> None:
+async def _reload(run: Run, names: Sequence[str]) -> None:
     """Open every datastore anew, again and again."""
-    end = time.perf_counter() + seconds
-    async with grpc.aio.insecure_channel(server.admin_address) as channel:
+    end = time.perf_counter() + run.plan.seconds
+    async with grpc.aio.insecure_channel(run.server.admin_address) as channel:
         admin = AdminServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
         while time.perf_counter() < end:
             for name in names:
-                await admin.ReloadDatastore(admin_pb2.ReloadDatastoreRequest(name=name))
-            await asyncio.sleep(seconds / 8)
+                try:
+                    await admin.ReloadDatastore(admin_pb2.ReloadDatastoreRequest(name=name))
+                except grpc.aio.AioRpcError as error:
+                    run.problems.append(f"reloads: {name} ended with {error.code().name}: {error.details()}")
+            await asyncio.sleep(run.plan.seconds / 8)
 
 
 async def _stop(run: Run, after: float) -> None:

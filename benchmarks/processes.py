@@ -50,8 +50,8 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that says at once what it says, and nothing of its tokenizers."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Of a process that says at once what it says, nothing of its tokenizers, and whose idle threads leave the cores to others."""
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def watch(line: Sequence[str]) -> Watched:

@@ -73,7 +73,7 @@ def run(session: Session) -> None:
     opened = session.opened
     model = opened.model
     say(f"model {model.name}: {sum(p.numel() for p in model._model.parameters()):,} parameters, context {model.context}, {model.dtype}")
-    say(f"datastore: {len(opened.store):,} entries, {opened.knn_lm.retriever.index.description}; {session.options.rounds} rounds")
+    say(f"datastore: {len(opened.store):,} entries, {opened.searchable.retriever.index.description}; {session.options.rounds} rounds")
     text = [token for document in session.inputs.held_out(20_000) for token in document.ids.tolist()]
     with asyncio.Runner() as runner, serving(opened.store.path, "--max-concurrent", str(MOST_STREAMS)) as server:
         streams = Streams(server.address)
@@ -113,9 +113,7 @@ def _retrieval(bench: Bench, alone: EngineAlone) -> None:
     parts: list[dict[str, float]] = []
 
     def engine_alone() -> None:
-        alone.reset()
-        alone.run(draw_alone(), NEW_TOKENS, retrieval=True)
-        parts.append(alone.parts)
+        parts.append(alone.run(draw_alone(), NEW_TOKENS, retrieval=True))
 
     timings = bench.interleave(
         {
@@ -140,10 +138,16 @@ def _retrieval(bench: Bench, alone: EngineAlone) -> None:
 def _transport(bench: Bench, alone: EngineAlone) -> None:
     """What stands between the engine's own time and that of its clients."""
     draw_there, draw_here = (bench.prompts(SHORT, MOST_STREAMS) for _ in range(2))
-    timings = bench.interleave(
-        {"engine alone": lambda: alone.run(draw_here(), NEW_TOKENS, retrieval=False), "gRPC": lambda: bench.stream(draw_there())}
-    )
+    loop: list[float] = []
+
+    def over_grpc() -> None:
+        before = bench.server.event_loop_cpu_seconds
+        bench.stream(draw_there())
+        loop.append(bench.server.event_loop_cpu_seconds - before)
+
+    timings = bench.interleave({"engine alone": lambda: alone.run(draw_here(), NEW_TOKENS, retrieval=False), "gRPC": over_grpc})
     bare, served = timings["engine alone"], timings["gRPC"]
+    event_loop = statistics.median(loop[1:]) / NEW_TOKENS * 1000
     added = (served.wall - bare.wall) / NEW_TOKENS * 1000
     print_table(
         f"transport and service: {MOST_STREAMS} streams, weight 0, {NEW_TOKENS} tokens each; ms a step",
@@ -155,6 +159,8 @@ def _transport(bench: Bench, alone: EngineAlone) -> None:
         + [
             ["share of transport and service (asked: < 15 %)", f"{1 - bare.wall / served.wall:.1%}", f"{1 - bare.cpu / served.cpu:.1%}"],
             [f"… if the engine's step took {USUAL_STEP_MS:.0f} ms", f"{added / (USUAL_STEP_MS + added):.1%}", ""],
+            ["the server's event loop: service, gRPC", "", f"{event_loop:.2f}"],
+            ["… share of the server's processor time", "", f"{event_loop / (bare.cpu / NEW_TOKENS * 1000 + event_loop):.1%}"],
         ],
     )
 

@@ -6,20 +6,37 @@ bit, whatever else is in the batch (sums along rows of a batch are not: they are
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
-if TYPE_CHECKING:
-    from knnlm.sampling import SamplingParams
+from knnlm.errors import ModelError
+from knnlm.penalties import allowed_scores
+from knnlm.sampling import SamplingParams
 
 SHORTLISTS = (1024, 8192)
 """The nucleus of top_p is looked for among so many most probable tokens first: sorting a vocabulary takes long."""
 NOTHING_TO_DRAW = "No token can be drawn: the model's log-probabilities are NaN or all -inf; look at its weights and its dtype."
 _NO_IDS = cast("torch.LongTensor", None)  # that which truncates looks at scores alone
+
+
+def sample(
+    log_probs: Tensor, params: SamplingParams, tokens: Sequence[int], uniform: float, *, generated: int = 0, base: Tensor | None = None
+) -> int:
+    """The next token id of one row, as :func:`draw` draws it for many.
+
+    ``log_probs`` [vocabulary] float, normalised, and ``base`` those of the base LM alone, which speaks where bad words
+    leave nothing of ``log_probs`` (None: the same). ``tokens``: those of prompt and completion so far, of which the last
+    ``generated`` are the completion. Raises :class:`~knnlm.errors.ModelError` where no token can be drawn.
+    """
+    scores = allowed_scores(log_probs, log_probs if base is None else base, params, tokens, generated, ends=())
+    drawn = int(draw(scores[None], params, torch.tensor([uniform], dtype=torch.float64))[0])
+    if drawn < 0:
+        raise ModelError(NOTHING_TO_DRAW)
+    return drawn
 
 
 def draw(scores: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import random
 
 from transformers.cache_utils import DynamicCache
 
+from knnlm.drawing import sample
 from knnlm.errors import InvalidInput
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 
 
 def generate(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-if TYPE_CHECKING:
-    from knnlm.sampling import SamplingParams
+from knnlm.sampling import SamplingParams
 
 
 def penalize(log_probs: Tensor, params: SamplingParams, tokens: Sequence[int], generated: int) -> Tensor:

@@ -6,14 +6,13 @@ invariant to a shift of the logits, so this is part of the definition (see ``doc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from knnlm.errors import InvalidInput, ModelError
+from knnlm.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,3 @@ class SamplingParams:
 def _require(condition: bool, field: str, found: object, wanted: str) -> None:
     if not condition:
         raise InvalidInput(field, f"is {found}, but must be {wanted}.")
-
-
-def sample(
-    log_probs: Tensor, params: SamplingParams, tokens: Sequence[int], uniform: float, *, generated: int = 0, base: Tensor | None = None
-) -> int:
-    """The next token id of one row, as :func:`knnlm.drawing.draw` draws it for many.
-
-    ``log_probs`` [vocabulary] float, normalised, and ``base`` those of the base LM alone, which speaks where bad words
-    leave nothing of ``log_probs`` (None: the same). ``tokens``: those of prompt and completion so far, of which the last
-    ``generated`` are the completion. Raises :class:`~knnlm.errors.ModelError` where no token can be drawn.
-    """
-    import torch
-
-    from knnlm.drawing import NOTHING_TO_DRAW, draw
-    from knnlm.penalties import allowed_scores
-
-    scores = allowed_scores(log_probs, log_probs if base is None else base, params, tokens, generated, ends=())
-    drawn = int(draw(scores[None], params, torch.tensor([uniform], dtype=torch.float64))[0])
-    if drawn < 0:
-        raise ModelError(NOTHING_TO_DRAW)
-    return drawn

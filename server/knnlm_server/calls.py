@@ -92,10 +92,12 @@ class Calls(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     self._ended(call, span, code_of(error), error)
                     status = status_of(error, call.request_id)
-                    # Three arguments, since abort_with_status is traced as success.
-                    return await context.abort(status.code, status.details, status.trailing_metadata)
-                self._ended(call, span, grpc.StatusCode.OK)
-                return response
+                else:
+                    self._ended(call, span, grpc.StatusCode.OK)
+                    return response
+            # Outside of the span: it waits for as long as the client does not read. Three arguments, since others that trace
+            # take abort_with_status for success.
+            return await context.abort(status.code, status.details, status.trailing_metadata)
 
         return answer
 

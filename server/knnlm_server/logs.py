@@ -6,6 +6,7 @@ texts of exceptions, which may quote a prompt, are left out of tracebacks here.
 
 from __future__ import annotations
 
+import copy
 import logging
 import traceback
 from contextvars import ContextVar
@@ -31,7 +32,7 @@ def configure(log_format: LogFormat, level: LogLevel, *, texts_of_exceptions: bo
     """Set the process's log up. ``texts_of_exceptions``: also those that may quote what a client sent."""
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(log_format, texts_of_exceptions=texts_of_exceptions))
-    handler.addFilter(_with_request_id)
+    handler.addFilter(add_request_id)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("knnlm_server").setLevel(level.upper())
 
@@ -47,6 +48,12 @@ class _Discreet(logging.Formatter):
     """Leaves the texts of exceptions out, which may quote a prompt, except for those that knnlm wrote itself."""
 
     texts_of_exceptions: bool
+
+    def format(self, record: logging.LogRecord) -> str:
+        # A record keeps the traceback that another formatter may have made of it.
+        own = copy.copy(record)
+        own.exc_text = None
+        return super().format(own)
 
     def formatException(self, ei: ExceptionInfo) -> str:
         if self.texts_of_exceptions or ei[1] is None:
@@ -72,7 +79,8 @@ class _JSON(_Discreet, JsonFormatter):
 _RESERVED = [*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"]
 
 
-def _with_request_id(record: logging.LogRecord) -> bool:
+def add_request_id(record: logging.LogRecord) -> bool:
+    """A filter that gives records the id of the request that the running task works on."""
     current = request_id.get()
     record.about = f"[{current}] " if current else ""
     if current:

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitNormalization, RepetitionPenaltyLogitsProcessor
 
+from knnlm.drawing import sample
 from knnlm.evaluation.scoring import score
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.penalties import allowed_scores as real_allowed_scores
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 from knnlm_server import row_sampling
 from knnlm_server.errors import EngineFailed, QueueFull
 from knnlm_server.sequence import (

@@ -11,13 +11,14 @@ import torch
 
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore_mix import StoreMix
+from knnlm.drawing import sample
 from knnlm.generation import generate
 from knnlm.index import open_index
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.opening import SearchableStore
 from knnlm.retrieval import Retriever
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 from knnlm_server.sequence import CompletionEvidence, DatastoreChoice, DetailParams, GenerationRequest, RetrievalParams
 from tests.engine.harness import GREEDY, LM_ALONE, Answer, Parts, complete, make_engine, random_prompt, request, sample_name
 from tests.stores import build, text_folder

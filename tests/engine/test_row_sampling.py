@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from knnlm.drawing import draw
+from knnlm.drawing import draw, sample
 from knnlm.errors import ModelError
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 from knnlm_server.row_sampling import ROWS_AT_ONCE, RowDraw, draw_rows
 
 VOCABULARY = 50

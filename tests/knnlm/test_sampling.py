@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from knnlm import drawing
-from knnlm.drawing import draw, truncate
+from knnlm.drawing import draw, sample, truncate
 from knnlm.errors import InvalidInput, ModelError
 from knnlm.penalties import allowed_scores, forbid, penalize
-from knnlm.sampling import SamplingParams, sample
+from knnlm.sampling import SamplingParams
 from tests.knnlm import sampling_reference as obvious
 from tests.tiny import VOCABULARY as TINY_VOCABULARY
 from tests.tiny import tiny_gpt2

@@ -21,9 +21,9 @@ WAIT_SECONDS = 30.0
 class RunningServer:
     """A server and the loop that it runs on."""
 
-    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, engine: FakeEngine, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
         self.engine = engine
-        self.server = GenerationServer(engine)
+        self.server = GenerationServer(engine, **options)
         self._loop = loop
 
     @property
@@ -36,11 +36,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(engine: FakeEngine) -> Iterator[RunningServer]:
+def running(engine: FakeEngine, **options: Any) -> Iterator[RunningServer]:
+    """A server, stopped at the end; ``options`` are those of :class:`GenerationServer`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    running = RunningServer(engine, loop)
+    running = RunningServer(engine, loop, **options)
     try:
         running.submit(running.server.start()).result(WAIT_SECONDS)
         yield running

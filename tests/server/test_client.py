@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,9 +18,9 @@ from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.sampling import SamplingParams
 from knnlm_server.client import AsyncGenerationClient, FieldsRefused, GenerationClient, RequestFailed, ServerUnavailable, Token
 from knnlm_server.errors import QueueFull
-from knnlm_server.sequence import DetailParams, FinishEvent, FinishReason, StoppingParams, TokenEvent
+from knnlm_server.sequence import DatastoreChoice, DetailParams, FinishEvent, FinishReason, RetrievalParams, StoppingParams, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer
-from tests.server.fake_engine import DEFAULT_RETRIEVAL, INFO, LIMITS, NEIGHBOR, FakeEngine
+from tests.server.fake_engine import DEFAULT_RETRIEVAL, EVIDENCE, INFO, NEIGHBOR, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[[FakeEngine], RunningServer]
@@ -44,7 +45,8 @@ def free_port() -> int:
 
 def test_the_client_imports_no_torch() -> None:
     heavy = "torch", "transformers", "faiss", "pyarrow", "numpy"
-    program = f"import sys, knnlm_server.client, knnlm_server.cli, knnlm_server.display; print([m for m in {heavy} if m in sys.modules])"
+    modules = "knnlm_server.client, knnlm_server.admin_client, knnlm_server.cli, knnlm_server.display"
+    program = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT / "server")
     assert found.stdout.strip() == "[]"
 
@@ -63,34 +65,101 @@ def test_every_option_arrives(client: GenerationClient, engine: FakeEngine) -> N
         top_k=4,
         top_p=0.5,
         min_p=0.1,
+        typical_p=0.9,
         repetition_penalty=1.5,
+        frequency_penalty=0.25,
+        presence_penalty=-0.25,
+        logit_bias={5: -1.5},
+        bad_words=["a", [7]],
         seed=0,
         max_new_tokens=9,
         min_new_tokens=2,
         stop_strings=["x"],
         stop_token_ids=[0],
         ignore_eos=True,
+        max_seconds=9.5,
+        best_of=3,
         weight=0.1,
         k=2,
+        datastores={"other": 2.5, "main": 1},
         knn_temperature=3.5,
         log_probs=True,
         alternatives=1,
         neighbors=2,
+        evidence=True,
         truncate_prompt=True,
         timeout=WAIT_SECONDS,
     )
     (request,) = engine.requests
     assert request.prompt == (1, 2, 3)
-    assert request.sampling == SamplingParams(repetition_penalty=1.5, temperature=0, top_k=4, top_p=0.5, min_p=0.1, seed=0)
-    assert request.stopping == StoppingParams(9, 2, ("x",), (0,), True, LIMITS.max_seconds)
-    assert (request.retrieval.weight, request.retrieval.k, request.retrieval.temperature) == (0.1, 2, 3.5)
-    assert request.detail == DetailParams(True, 1, 2)
+    assert request.sampling == SamplingParams(
+        logit_bias=((5, -1.5),),
+        repetition_penalty=1.5,
+        frequency_penalty=0.25,
+        presence_penalty=-0.25,
+        bad_words=((97,), (32, 97), (7,)),
+        temperature=0,
+        top_k=4,
+        top_p=0.5,
+        min_p=0.1,
+        typical_p=0.9,
+        seed=0,
+    )
+    assert request.stopping == StoppingParams(9, 2, ("x",), (0,), True, 9.5)
+    assert request.retrieval == RetrievalParams(0.1, 2, 3.5, (DatastoreChoice("other", 2.5), DatastoreChoice("main", 1.0)))
+    assert request.detail == DetailParams(True, 1, 2, True)
+    assert request.samples == 3
 
 
 def test_none_is_the_servers_default(client: GenerationClient, engine: FakeEngine) -> None:
     client.generate("hi", max_new_tokens=8, temperature=None, weight=None, seed=None)
     assert engine.requests[0].sampling == SamplingParams()
     assert engine.requests[0].retrieval == DEFAULT_RETRIEVAL
+
+
+@pytest.mark.parametrize(
+    ("datastores", "chosen"),
+    [("other", ["other"]), (["other", "main"], ["other", "main"]), ({"main": 0.5}, ["main"]), (None, []), ([], [])],
+)
+def test_datastores_are_named_in_any_handy_way(client: GenerationClient, engine: FakeEngine, datastores: Any, chosen: list[str]) -> None:
+    client.generate("hi", max_new_tokens=8, datastores=datastores)
+    assert [choice.name for choice in engine.requests[0].retrieval.datastores] == chosen
+
+
+def test_samples_come_in_their_order_and_the_best_in_theirs(client: GenerationClient) -> None:
+    assert [completion.sample for completion in client.samples("hi", 3, max_new_tokens=8)] == [0, 1, 2]
+    # Of the fake engine's samples the later ones are better.
+    assert [completion.sample for completion in client.samples("hi", 2, best_of=4, max_new_tokens=8)] == [3, 2]
+    assert client.generate("hi", best_of=4, max_new_tokens=8).sample == 3
+
+
+def test_streams_of_several_samples_end_once_for_each(client: GenerationClient) -> None:
+    events = list(client.stream("hi", num_samples=2, max_new_tokens=8))
+    assert sorted(event.sample for event in events if isinstance(event, FinishEvent)) == [0, 1]
+    assert "".join(event.text for event in events if event.sample == 1) == "ab!"
+
+
+def test_evidence_comes_with_the_end(client: GenerationClient) -> None:
+    assert client.generate("hi", max_new_tokens=8).evidence is None
+    assert client.generate("hi", max_new_tokens=8, evidence=True).evidence == EVIDENCE
+    *_, finish = client.stream("hi", max_new_tokens=8, evidence=True)
+    assert isinstance(finish, FinishEvent)
+    assert finish.evidence == EVIDENCE
+
+
+def test_retrieve(client: GenerationClient, engine: FakeEngine) -> None:
+    found = client.retrieve("abc", k=2, knn_temperature=3.5, datastores=["other"], neighbors=2, truncate_context=True)
+    assert (found.token_ids, found.neighbors) == ((97, 98, 99), (NEIGHBOR, NEIGHBOR))
+    assert engine.retrieved[0].retrieval == RetrievalParams(1.0, 2, 3.5, (DatastoreChoice("other"),))
+    with pytest.raises(TypeError, match="unexpected option 'weight'"):
+        client.retrieve("abc", weight=0.5)  # type: ignore[call-arg]
+
+
+def test_detokenize(client: GenerationClient) -> None:
+    assert client.detokenize([104, 105]) == "hi"
+    assert client.detokenize(()) == ""
+    with pytest.raises(InvalidInput, match="token_ids"):
+        client.detokenize([-1])
 
 
 def test_retrieval_can_be_turned_off(client: GenerationClient, engine: FakeEngine) -> None:
@@ -142,6 +211,14 @@ def test_refused_fields_are_named(client: GenerationClient) -> None:
         ({"k": 2**40}, "options.retrieval.k"),
         ({"max_new_tokens": "many"}, "options.stopping.max_new_tokens"),
         ({"stop_token_ids": [-1]}, "options.stopping.stop_token_ids"),
+        ({"stop_strings": "end"}, "options.stopping.stop_strings"),
+        ({"logit_bias": {-1: 1.0}}, "options.sampling.logit_bias"),
+        ({"logit_bias": {1: "much"}}, "options.sampling.logit_bias"),
+        ({"logit_bias": [(1, 1.0)]}, "options.sampling.logit_bias"),
+        ({"bad_words": ["a", [-1]]}, "options.sampling.bad_words[1].token_ids.ids"),
+        ({"datastores": {"main": "much"}}, "options.retrieval.datastores[0].weight"),
+        ({"datastores": ["main", "main"]}, "options.retrieval.datastores"),
+        ({"num_samples": -1}, "options.num_samples"),
     ],
 )
 def test_values_that_no_field_can_hold_are_refused_before_sending(client: GenerationClient, options: dict[str, int], field: str) -> None:
@@ -216,6 +293,9 @@ def test_the_async_client_does_the_same(start_server: Start) -> None:
             assert [type(event) for event in events] == [TokenEvent, TokenEvent, FinishEvent]
             assert (await client.score([1, 2])).token_ids == (1, 2)
             assert await client.tokenize("a") == (Token(97, "a"),)
+            assert await client.detokenize([97]) == "a"
+            assert (await client.retrieve([1], neighbors=1)).neighbors == (NEIGHBOR,)
+            assert [completion.sample for completion in await client.samples("hi", 2, max_new_tokens=8)] == [0, 1]
             assert await client.server_info() == INFO
             with pytest.raises(RequestFailed, match="top_p"):
                 await client.generate("hi", max_new_tokens=8, top_p=2)
