@@ -74,11 +74,9 @@ def collect(
         neighbors = None
         if found.searched:
             numbers, entries, tokens, distances = ([[one[part] for one in found.neighbors]] for part in range(4))
-            neighbors = Neighbors(
-                torch.tensor(distances, dtype=torch.float32),
-                *(torch.tensor(part, dtype=torch.int64) for part in (tokens, entries, numbers)),
-                torch.tensor(numbers, dtype=torch.float64) * math.log(SECOND_WEIGHT),
-            )
+            whole = [torch.tensor(part, dtype=torch.int64) for part in (tokens, entries, numbers)]
+            priors = whole[2].double() * math.log(SECOND_WEIGHT)
+            neighbors = Neighbors(torch.tensor(distances, dtype=torch.float32), whole[0], whole[1], whole[2], priors)
         collector.add(token, token + found.changed, neighbors, TEMPERATURE, found.share)
     return collector
 
