@@ -142,9 +142,14 @@ class FakeEngine:
         self.retrieved: list[RetrieveRequest] = []
         self.started = False
         self.stopped = False
+        self.broken = False
         self.released = False
         self.closed = threading.Event()
         self._holding: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    @property
+    def working(self) -> bool:
+        return self.started and not self.stopped and not self.broken
 
     def start(self) -> None:
         self.started = True

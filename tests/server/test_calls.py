@@ -19,7 +19,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from knnlm.errors import StoreMismatch
 from knnlm_server import logs
 from knnlm_server.access import TokenAccess
-from knnlm_server.app import ADMIN_SERVICE_NAME, Border
+from knnlm_server.admin_service import SERVICE_NAME as ADMIN_SERVICE_NAME
+from knnlm_server.app import Border
 from knnlm_server.listening import Place
 from knnlm_server.pb import admin_pb2
 from knnlm_server.pb import generation_pb2 as pb
