@@ -93,10 +93,11 @@ def serve(
         typer.Option(help="Memory for prompts' beginnings that are kept, such as 512MB; 0: none.", show_default="a part of --memory"),
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Completions that are made at the same time; others wait.", show_default="8")
+        int | None, typer.Option(min=1, help="Completions that are made at the same time; others wait.", show_default="as --memory allows")
     ] = None,
     max_context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context")
+        int | None,
+        typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context, as --memory allows"),
     ] = None,
     step_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step of the engine reads.", show_default="the engine's")
