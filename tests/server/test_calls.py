@@ -190,11 +190,13 @@ def test_an_odd_id_of_the_client_is_replaced(start_server: Start, channel_to: An
     assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
 
 
-def test_a_stream_has_an_id_too(start_server: Start, channel_to: Any) -> None:
+def test_a_stream_has_its_id_at_its_end(start_server: Start, channel_to: Any) -> None:
+    """Not before: gRPC tries a call again only as long as nothing of its response has come."""
     call = GenerationServiceStub(channel_to(start_server(FakeEngine()).target)).StreamGenerate(
         pb.StreamGenerateRequest(prompt=REQUEST.prompt, options=REQUEST.options)
     )
     assert len(list(call)) == 3
+    assert "x-request-id" not in dict(call.initial_metadata())
     assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
 
 
