@@ -99,7 +99,8 @@ def serve(
         typer.Option(min=1, help="Completions that are made at the same time; others wait.", show_default="as many as fit, up to 32"),
     ] = None,
     max_context: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context")
+        int | None,
+        typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context, as --memory allows"),
     ] = None,
     step_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step of the engine reads.", show_default="the engine's")
