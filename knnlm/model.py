@@ -186,6 +186,12 @@ class HFLanguageModel:
         return int(self.config.num_hidden_layers)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights and buffers in memory; what two modules share counts once."""
+        tensors = {t.data_ptr(): t for t in (*self._model.parameters(), *self._model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
     def attention_window(self) -> int | None:
         """Tokens that the most short-sighted layers look back; None if all of them see the whole text."""
         local = getattr(self.config, "window_size", None) if "local" in getattr(self.config, "attention_layers", ()) else None
@@ -198,12 +204,11 @@ class HFLanguageModel:
         return min(windows) if windows else None
 
     def attention_mask(self, visible: Tensor) -> Tensor:
-        """The 4-D mask that this model's attention takes, from ``visible`` [batch, 1, new, length] bool.
+        """The 4-D mask that this model's attention adds to its scores, from ``visible`` [batch, 1, new, length] bool.
 
-        SDPA takes booleans; eager attention adds the mask to its scores, where a boolean would be silently wrong.
+        Eager attention adds a boolean too, which would be silently wrong; SDPA is faster with what it need not convert in
+        each layer.
         """
-        if self.attention == "sdpa":
-            return visible
         return torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device).masked_fill_(
             ~visible, torch.finfo(self._model.dtype).min
         )

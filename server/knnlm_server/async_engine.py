@@ -23,7 +23,8 @@ from knnlm.thread_pools import available_threads, size_thread_pools, thread_chan
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.datastores import Datastores, StoreOptions
 from knnlm_server.engine import DecodingEngine, Output
-from knnlm_server.errors import EngineFailed, ShuttingDown
+from knnlm_server.errors import EngineFailed, ReadTooSlowly, ShuttingDown
+from knnlm_server.memory_plan import SHARE, free_memory, measured_costs, plan_memory
 from knnlm_server.scheduler import STEP_TOKENS
 from knnlm_server.sequence import (
     FinishEvent,
@@ -48,12 +49,44 @@ Content = TokenEvent | FinishEvent | ScoreResult | RetrieveResult | KNNLMError
 Command = Callable[[DecodingEngine], None]
 
 
-class _Listener:
-    """One request's way back: what the engine hands out arrives in the event loop of the request."""
+SECONDS_TO_CATCH_UP = 1.0
 
-    def __init__(self) -> None:
+
+class _Listener:
+    """One request's way back: what the engine hands out arrives in the event loop of the request.
+
+    One who is more than ``most_unread`` events behind, and some time later still, is ended: what was not read is dropped
+    for a :class:`ReadTooSlowly`, and ``leave`` is called.
+    """
+
+    def __init__(self, most_unread: int, leave: Callable[[], None]) -> None:
         self.loop = asyncio.get_running_loop()
         self.contents: asyncio.Queue[Content] = asyncio.Queue()
+        self._most_unread, self._leave = most_unread, leave
+        self._judging: asyncio.TimerHandle | None = None
+        self._ended = False
+
+    def take(self, content: Content) -> None:
+        """Keep what the engine handed out, to be read from ``contents``."""
+        if self._ended:
+            return
+        self.contents.put_nowait(content)
+        if self._judging is None and self.contents.qsize() > self._most_unread:
+            # Not at once: where the loop itself was busy, events of many steps arrive together.
+            self._judging = self.loop.call_later(SECONDS_TO_CATCH_UP, self._judge)
+
+    def _judge(self) -> None:
+        self._judging = None
+        behind = self.contents.qsize()
+        if behind <= self._most_unread:
+            return
+        self._ended = True
+        while not self.contents.empty():
+            self.contents.get_nowait()
+        self.contents.put_nowait(
+            ReadTooSlowly(f"The client is {behind} events behind, and at most {self._most_unread} are kept; read them as they come.")
+        )
+        self._leave()
 
 
 class AsyncEngine:
@@ -91,6 +124,11 @@ class AsyncEngine:
         """What is served now, the limits in force and the resolved configuration."""
         return replace(self._info, datastores=self._datastores.info)
 
+    @property
+    def working(self) -> bool:
+        """Whether requests are answered: from :meth:`start` to :meth:`stop`, or to an error that ended the engine's thread."""
+        return self._open
+
     def start(self) -> None:
         """Warm model and datastores up and begin to work."""
         self._size_pools()
@@ -111,8 +149,9 @@ class AsyncEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         """Token events, and one finish event for each sample; closing the generator cancels the request.
 
-        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait, and
-        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known.
+        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait,
+        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known, and :class:`ReadTooSlowly` where too
+        many events were left unread.
         """
         listener = self._submit(request.request_id, lambda engine: engine.add(request))
         running = request.samples
@@ -151,7 +190,7 @@ class AsyncEngine:
         return content
 
     def _submit(self, request_id: str, command: Command) -> _Listener:
-        listener = _Listener()
+        listener = _Listener(self._info.limits.max_unread_events, lambda: self._leave(request_id))
 
         def run(engine: DecodingEngine) -> None:
             try:
@@ -196,18 +235,25 @@ class AsyncEngine:
             self._tell([(request_id, stopped) for request_id in list(self._listeners)])
 
     def _work(self, engine: DecodingEngine) -> None:
-        while self._obey(engine):
+        settled = True  # whether the observer was told of the last change
+        while self._obey(engine, settled):
+            worked = not engine.idle
             try:
                 outputs = engine.step()
+                settled = engine.idle
             except Exception as error:  # a step as a whole broke: its requests end, the server goes on
                 logger.exception("a step failed")
                 outputs = engine.fail_all(error)
+                settled = not worked
             self._tell([(output.request_id, output.content) for output in outputs])
 
-    def _obey(self, engine: DecodingEngine) -> bool:
-        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end."""
+    def _obey(self, engine: DecodingEngine, settled: bool) -> bool:
+        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end.
+
+        Where the last request was cancelled there is one step more, by which the observer learns that nothing runs.
+        """
         while True:
-            idle = engine.idle
+            idle = engine.idle and settled
             try:
                 command = self._commands.get(block=idle, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
@@ -254,7 +300,7 @@ class AsyncEngine:
 
 def _deliver(deliveries: list[tuple[_Listener, Content]]) -> None:
     for listener, content in deliveries:
-        listener.contents.put_nowait(content)
+        listener.take(content)
 
 
 def build_async_engine(
@@ -263,8 +309,10 @@ def build_async_engine(
     model: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    max_concurrent: int = 8,
+    max_concurrent: int | None = None,
     context: int | None = None,
+    memory_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
     limits: Mapping[str, Any] | None = None,
     step_tokens: int = STEP_TOKENS,
     weight: float | None = None,
@@ -279,8 +327,10 @@ def build_async_engine(
 ) -> AsyncEngine:
     """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
 
-    ``context``: most tokens of prompt and completion (None: the model's context). ``limits``: other fields of :class:`Limits`
-    by name. ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
+    ``context``: most tokens of prompt and completion (None: the model's context, as far as it fits). ``max_concurrent``: None
+    for as many as fit. ``memory_bytes`` and ``prefix_cache_bytes``: see :func:`~knnlm_server.memory_plan.plan_memory`.
+    ``limits``: other fields of :class:`Limits` by name.
+    ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
     ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
     of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
     errors of :mod:`knnlm.errors`.
@@ -296,7 +346,13 @@ def build_async_engine(
         path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
         k=k, temperature=knn_temperature, weight=weight,
     )  # fmt: skip
-    made = Limits(**{**(limits or {}), "context": _context(opened.model, context), "max_concurrent": max_concurrent})
+    plan = plan_memory(
+        measured_costs(opened.model), free_memory(opened.model.device), SHARE[opened.model.device.type], budget=memory_bytes,
+        slots=max_concurrent, context=_context(opened.model, context), prefix_bytes=prefix_cache_bytes, step_tokens=step_tokens,
+    )  # fmt: skip
+    for line in plan.describe():
+        logger.info("%s", line)
+    made = Limits(**{**(limits or {}), "context": plan.context, "max_concurrent": plan.slots})
     if not allow_unproven:
         check_servable(opened.model, made.context)
     options = StoreOptions(device, k, knn_temperature, weight, verify)
@@ -305,14 +361,18 @@ def build_async_engine(
     for other, its_path in others:
         datastores.load(other, its_path)
     facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
+    facts |= {"memory": str(plan.needed), "prefix_cache": str(plan.prefix_bytes)}
     info = _info(opened, made, {**facts, **(settings or {})})
-    return AsyncEngine(opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer)
+    return AsyncEngine(
+        opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer,
+        prefix_bytes=plan.prefix_bytes,
+    )  # fmt: skip
 
 
-def _context(model: HFLanguageModel, context: int | None) -> int:
+def _context(model: HFLanguageModel, context: int | None) -> int | None:
     if context is not None and context > model.context:
         raise InvalidInput("max_context", f"is {context}, but the model's context is {model.context} tokens.")
-    return context or model.context
+    return context
 
 
 def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> ServerInfo:
