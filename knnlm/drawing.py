@@ -1,7 +1,7 @@
 """From scores to tokens, for many rows at once: temperature, truncation, and one uniform number for each row. Pure.
 
-The processors are those of transformers. Every operation treats each row by itself, so a row's token is the same, bit for
-bit, whatever else is in the batch (sums along rows of a batch are not: they are split by its size).
+The processors are those of transformers, but for that of top_p. Every operation treats each row by itself, so a row's token
+is the same, bit for bit, whatever else is in the batch (sums along rows of a batch are not: they are split by its size).
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TypicalLogitsWarper
 
 from knnlm.errors import ModelError
 from knnlm.penalties import allowed_scores
 from knnlm.sampling import SamplingParams
 
-SHORTLISTS = (1024, 8192)
+SHORTLIST = 1024
 """The nucleus of top_p is looked for among so many most probable tokens first: sorting a vocabulary takes long."""
 NOTHING_TO_DRAW = "No token can be drawn: the model's log-probabilities are NaN or all -inf; look at its weights and its dtype."
 _NO_IDS = cast("torch.LongTensor", None)  # that which truncates looks at scores alone
@@ -51,7 +52,16 @@ def draw(scores: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
         return torch.where(scores.gather(1, best[:, None])[:, 0] > -torch.inf, best, -1)
     if params.temperature != 1.0:
         scores = TemperatureLogitsWarper(float(params.temperature))(_NO_IDS, scores)
-    return _draw(scores, params, uniforms, _widths(params, scores.shape[1]))
+    short = _shortlist(scores, params)
+    if short is None:
+        return _pick(truncate(scores, params), uniforms)
+    ids, values, sure = short
+    columns = _pick(_truncate_further(values, params), uniforms)
+    tokens = torch.where(columns >= 0, ids.gather(1, columns.clamp(min=0)[:, None])[:, 0], -1)
+    rest = (~sure).nonzero()[:, 0]
+    if len(rest):
+        tokens[rest] = _pick(truncate(scores[rest], params), uniforms[rest])
+    return tokens
 
 
 def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
@@ -59,7 +69,7 @@ def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
     if params.top_k:
         scores = TopKLogitsWarper(top_k=min(params.top_k, scores.shape[-1]))(_NO_IDS, scores)
     if params.top_p < 1.0:
-        scores = TopPLogitsWarper(top_p=float(params.top_p))(_NO_IDS, scores)
+        scores = _nucleus(scores, params.top_p)
     return _truncate_further(scores, params)
 
 
@@ -73,50 +83,45 @@ def _truncate_further(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
-def _widths(params: SamplingParams, vocabulary: int) -> tuple[int, ...]:
-    """How many of the most probable tokens to look at, one try after another, before the whole vocabulary."""
-    if 0 < params.top_k < vocabulary:
-        return (params.top_k,)
-    return tuple(width for width in SHORTLISTS if params.top_p < 1.0 and width < vocabulary)
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """``scores`` [n, m] with -inf for tokens before which more probable ones reach ``top_p``.
 
-
-def _draw(scores: Tensor, params: SamplingParams, uniforms: Tensor, widths: tuple[int, ...]) -> Tensor:
-    if not widths:
-        return _pick(truncate(scores, params), uniforms)
-    ids, values, sure = (_most_probable if params.top_k else _nucleus)(scores, params, widths[0])
-    ids, order = ids.sort(dim=1)
-    columns = _pick(_truncate_further(values.gather(1, order), params), uniforms)
-    tokens = torch.where(columns >= 0, ids.gather(1, columns.clamp(min=0)[:, None])[:, 0], -1)
-    rest = (~sure).nonzero()[:, 0]
-    if len(rest):
-        tokens[rest] = _draw(scores[rest], params, uniforms[rest], widths[1:])
-    return tokens
-
-
-def _most_probable(scores: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [n, count] of the most probable tokens, what top_p leaves of their scores, and the rows in which no other belongs to them."""
-    values, ids = scores.topk(count + 1)
-    # Tokens that are as probable as the last one belong to it, unless they are impossible.
-    sure = (values[:, -2] > values[:, -1]) | (values[:, -1] == -torch.inf)
-    values = values[:, :-1]
-    if params.top_p < 1.0:
-        values = TopPLogitsWarper(top_p=float(params.top_p))(_NO_IDS, values)
-    return ids[:, :-1], values, sure
-
-
-def _nucleus(scores: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [n, count] of the most probable tokens, their scores with -inf outside of the nucleus, and the rows in which that ends there.
-
-    A token is in it if those that are more probable do not reach top_p: what ``TopPLogitsWarper`` keeps, without sorting
-    the vocabulary. Where it ends between tokens that are as probable, it has not ended for certain.
+    It is what ``TopPLogitsWarper`` keeps, but for tokens of one probability, which stay or go together here. NumPy sorts
+    numbers alone several times faster than torch sorts them with their places.
     """
-    values, ids = scores.topk(count)
-    probabilities = scores.log_softmax(-1).gather(1, ids).double().exp()
-    kept = probabilities.cumsum(1) - probabilities < params.top_p
-    last = kept.sum(1, keepdim=True) - 1
-    after = values.gather(1, (last + 1).clamp(max=count - 1))
-    sure = (values.gather(1, last.clamp(min=0)) > after)[:, 0]
-    return ids, values.masked_fill(~kept, -torch.inf), sure
+    values = torch.from_numpy(np.sort(scores.numpy(), axis=1)).flip(1)
+    return scores.masked_fill(scores < _edge(values, values.softmax(-1), top_p), -torch.inf)
+
+
+def _edge(values: Tensor, probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest score that is in the nucleus: [n, 1]. ``values`` and their ``probabilities`` [n, m] descend."""
+    reached = probabilities.cumsum(1, dtype=torch.float64)
+    kept = (reached - probabilities < top_p).sum(1, keepdim=True)
+    return values.gather(1, (kept - 1).clamp(min=0))
+
+
+def _shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What top_k and top_p leave, without a look at every token; None where it can't be had by that.
+
+    Ids [n, m], ascending; their scores [n, m], -inf for those that are out; and for which rows [n] no other token is in.
+    """
+    vocabulary = scores.shape[1]
+    if 0 < params.top_k < vocabulary:
+        values, ids = scores.topk(params.top_k + 1)
+        # Tokens that are as probable as the last one belong to it, unless they are impossible.
+        sure = (values[:, -2] > values[:, -1]) | (values[:, -1] == -torch.inf)
+        values, ids = values[:, :-1], ids[:, :-1]
+        if params.top_p < 1.0:
+            values = _nucleus(values, params.top_p)
+    elif params.top_p < 1.0 and vocabulary > 8 * SHORTLIST:
+        values, ids = scores.topk(SHORTLIST)
+        edge = _edge(values, scores.log_softmax(-1).gather(1, ids).exp(), params.top_p)
+        sure = edge[:, 0] > values[:, -1]
+        values = values.masked_fill(values < edge, -torch.inf)
+    else:
+        return None
+    ids, order = ids.sort(dim=1)
+    return ids, values.gather(1, order), sure
 
 
 def _pick(scores: Tensor, uniforms: Tensor) -> Tensor:

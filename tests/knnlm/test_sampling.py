@@ -87,12 +87,19 @@ class TestLargeVocabulary:
     def test_a_nucleus_that_is_not_in_the_list_is_found_in_the_whole_vocabulary(self, params: SamplingParams) -> None:
         flat = torch.zeros(20_000, dtype=torch.float64).log_softmax(-1)
         flat[:100] += 1.0
-        assert sample(flat.log_softmax(-1), params, (), 0.9999) > max(drawing.SHORTLISTS)
+        assert sample(flat.log_softmax(-1), params, (), 0.9999) > drawing.SHORTLIST
 
-    def test_tokens_as_probable_as_the_last_of_top_k_belong_to_it(self) -> None:
-        said = torch.zeros(50).index_fill(0, torch.tensor([7, 30]), 5.0).log_softmax(-1)
-        drawn = {sample(said, SamplingParams(top_k=10), (), uniform) for uniform in np.linspace(0, 1, 400, endpoint=False)}
-        assert drawn == set(range(50))
+    @pytest.mark.parametrize("vocabulary", [50, 10_000])
+    @pytest.mark.parametrize("params", [SamplingParams(top_k=10), SamplingParams(top_p=0.6), SamplingParams(top_k=10, top_p=0.99)])
+    def test_tokens_as_probable_as_the_last_one_that_stays_stay(self, vocabulary: int, params: SamplingParams) -> None:
+        said = (
+            torch.full((vocabulary,), -20.0)
+            .index_fill(0, torch.arange(7, 35), 0.0)
+            .index_fill(0, torch.tensor([9, 30]), 1.0)
+            .log_softmax(-1)
+        )
+        drawn = {sample(said, params, (), uniform) for uniform in np.linspace(0, 1, 400, endpoint=False)}
+        assert drawn == set(range(7, 35))
 
     @pytest.mark.parametrize("threads", [1, 2])
     def test_rows_of_a_real_width_do_not_depend_on_their_batch(self, threads: int) -> None:
