@@ -235,18 +235,25 @@ class AsyncEngine:
             self._tell([(request_id, stopped) for request_id in list(self._listeners)])
 
     def _work(self, engine: DecodingEngine) -> None:
-        while self._obey(engine):
+        settled = True  # whether the observer was told of the last change
+        while self._obey(engine, settled):
+            worked = not engine.idle
             try:
                 outputs = engine.step()
+                settled = engine.idle
             except Exception as error:  # a step as a whole broke: its requests end, the server goes on
                 logger.exception("a step failed")
                 outputs = engine.fail_all(error)
+                settled = not worked
             self._tell([(output.request_id, output.content) for output in outputs])
 
-    def _obey(self, engine: DecodingEngine) -> bool:
-        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end."""
+    def _obey(self, engine: DecodingEngine, settled: bool) -> bool:
+        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end.
+
+        Where the last request was cancelled there is one step more, by which the observer learns that nothing runs.
+        """
         while True:
-            idle = engine.idle
+            idle = engine.idle and settled
             try:
                 command = self._commands.get(block=idle, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
