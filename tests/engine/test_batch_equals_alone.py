@@ -7,12 +7,13 @@ long as :meth:`~BatchEqualsAlone.alone` says what a request that arrived then wo
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from torch import Tensor
@@ -76,9 +77,12 @@ class BatchEqualsAlone(RuleBasedStateMachine):
     exact: ClassVar[bool]  # tokens are compared in float64 models, keys alone in float32
     known: ClassVar[dict[GenerationRequest, Drew]]
 
-    @initialize(slots=st.integers(1, 6), step_tokens=st.sampled_from([3, 8, 20, 512]), pool=st.sampled_from([0, 8192, 2**20, 2**20]))
-    def set_up(self, slots: int, step_tokens: int, pool: int) -> None:
-        options = {"prefix_bytes": pool, "block_tokens": BLOCK}
+    @initialize(
+        slots=st.integers(1, 6), step_tokens=st.sampled_from([3, 8, 20, 512]), pool=st.sampled_from([0, 8192, 2**20, 2**20]),
+        overlap=st.booleans(),
+    )  # fmt: skip
+    def set_up(self, slots: int, step_tokens: int, pool: int, overlap: bool) -> None:
+        options: dict[str, Any] = {"prefix_bytes": pool, "block_tokens": BLOCK, "overlap": overlap}
         limits = self.parts.limits(max_concurrent=slots)
         self.engine = FaultyEngine(self.parts.model, self.parts.knn_lm.tokenizer, self.parts.datastores(), limits, step_tokens, **options)
         self.engine.faults = {}
@@ -170,9 +174,9 @@ class BatchEqualsAlone(RuleBasedStateMachine):
             assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
-def play(parts: Parts, *, exact: bool, examples: int) -> None:
+def play(parts: Parts, *, exact: bool, examples: int, phases: Collection[Phase] = tuple(Phase)) -> None:
     machine = type("Machine", (BatchEqualsAlone,), {"parts": parts, "exact": exact, "known": {}})
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=14, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=14, deadline=None, phases=phases))
 
 
 def test_every_sample_is_the_one_alone_token_for_token_in_float64(parts: Parts) -> None:
@@ -190,4 +194,4 @@ def test_the_machine_sees_a_row_that_is_not_its_own(gpt2: Parts, monkeypatch: py
         real = getattr(PrefixBlocks, name)
         monkeypatch.setattr(PrefixBlocks, name, lambda self, tokens, tenant, real=real: real(self, [0] * len(tokens), tenant))
     with pytest.raises((AssertionError, ExceptionGroup)):
-        play(gpt2, exact=True, examples=40)
+        play(gpt2, exact=True, examples=40, phases=[Phase.generate])
