@@ -31,6 +31,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against tests/golden/protos
 
 bench: setup
 	$(BIN)/python -m benchmarks

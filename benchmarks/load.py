@@ -54,6 +54,10 @@ class Plan:
     exact: bool
 
 
+class ServerEnded(Exception):
+    """The server ended though nobody asked it to."""
+
+
 @dataclass
 class Run:
     """A server under load, and what was seen so far."""
@@ -61,6 +65,7 @@ class Run:
     server: ServerProcess
     plan: Plan
     mix: Mix
+    datastores: Sequence[str]
     known: dict[int, list[int]] = field(default_factory=dict)
     phases: list[Phase] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -72,14 +77,17 @@ class Run:
         async with Clients(self.server.address) as clients:
             ends = await load(clients)
         seconds = time.perf_counter() - began
-        left = {} if self.stopping else await self._quiet(name)
-        holdings = None if self.stopping else self.server.holdings
+        ended = self.server.process.poll() is not None
+        left = {} if ended else await self._quiet(name)
+        holdings = None if ended else self.server.holdings
         phase = Phase(name, rate, seconds, ends, holdings, left)
         known = self.known if self.plan.exact else {}
         found = (wrong(end, known, self.stopping) for end in ends)
         self.problems += [f"{name}: a request ({end.wanted.kind.value}) {fault}" for end, fault in zip(ends, found, strict=True) if fault]
         self.phases.append(phase)
         say(f"{name}: {len(ends)} requests in {seconds:.0f} s")
+        if ended and self.stopping is None:
+            raise ServerEnded(f"{name}: the server ended with status {self.server.process.returncode}")
         return phase
 
     async def _quiet(self, name: str) -> dict[str, float]:
@@ -109,16 +117,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if plan.exact:
             options += ["--dtype", "float64"]
         with serving(store, *options, log=log) as server:
-            run = asyncio.run(_phases(server, plan))
+            run = _new_run(server, plan)
+            try:
+                asyncio.run(_phases(run))
+            except ServerEnded as error:
+                run.problems.append(str(error))
         run.problems += [f"the server's log has: {line}" for line in log.read_text().splitlines() if "Traceback" in line]
     return _report(run)
 
 
-async def _phases(server: ServerProcess, plan: Plan) -> Run:
-    """Capacity, loads, reloads, many clients, and the end."""
+def _new_run(server: ServerProcess, plan: Plan) -> Run:
     with GenerationClient(server.address) as client:
-        info = await asyncio.to_thread(client.server_info, timeout=60)
-    run = Run(server, plan, Mix(info.vocabulary_size, info.limits.context, plan.seed))
+        info = client.server_info(timeout=60)
+    mix = Mix(info.vocabulary_size, info.limits.context, plan.seed)
+    return Run(server, plan, mix, [store.name for store in info.datastores])
+
+
+async def _phases(run: Run) -> None:
+    """Capacity, loads, reloads, many clients, and the end."""
+    plan = run.plan
     chance = random.Random(plan.seed)
     await run.phase("one at a time", partial(_one_by_one, run))
     capacity = await run.phase("capacity", lambda clients: closed_loop(clients, run.mix.draw, 2 * plan.rows, plan.seconds))
@@ -128,8 +145,7 @@ async def _phases(server: ServerProcess, plan: Plan) -> Run:
         rate = load * most
         await run.phase(f"{load:.0%} of it", lambda clients, rate=rate: open_loop(clients, run.mix, rate, plan.seconds, chance), rate)  # type: ignore[misc]
     rate = LOAD_OF_EVENTS * most
-    names = [store.name for store in info.datastores]
-    reload = partial(_reload, run, names)
+    reload = partial(_reload, run)
     await run.phase("reloads", lambda clients: open_loop(clients, run.mix, rate, plan.seconds, chance, [reload]), rate)
     if plan.minutes:
         seconds = 60 * plan.minutes
@@ -137,7 +153,6 @@ async def _phases(server: ServerProcess, plan: Plan) -> Run:
     _look_for_growth(run)
     stop = partial(_stop, run, plan.seconds / 2)
     await run.phase("SIGTERM", lambda clients: open_loop(clients, run.mix, rate, plan.seconds, chance, [stop]), rate)
-    return run
 
 
 async def _one_by_one(run: Run, clients: Clients) -> list[Ended]:
@@ -147,13 +162,13 @@ async def _one_by_one(run: Run, clients: Clients) -> list[Ended]:
     return ends
 
 
-async def _reload(run: Run, names: Sequence[str]) -> None:
+async def _reload(run: Run) -> None:
     """Open every datastore anew, again and again."""
     end = time.perf_counter() + run.plan.seconds
     async with grpc.aio.insecure_channel(run.server.admin_address) as channel:
         admin = AdminServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
         while time.perf_counter() < end:
-            for name in names:
+            for name in run.datastores:
                 try:
                     await admin.ReloadDatastore(admin_pb2.ReloadDatastoreRequest(name=name))
                 except grpc.aio.AioRpcError as error:

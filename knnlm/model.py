@@ -234,17 +234,30 @@ class HFLanguageModel:
         cache: Any = None,
     ) -> ModelOutput:
         """See :meth:`LanguageModel.forward`. Logits come from the model's own head, never from one re-applied by hand."""
-        options: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
+        options: dict[str, Any] = {"use_cache": cache is not None}
         for option, value in (("position_ids", positions), ("attention_mask", attention_mask), ("past_key_values", cache)):
             if value is not None:
                 options[option] = value
+        if logits:
+            out, keys = self.run(input_ids=tokens, logits_to_keep=0 if columns is None else columns, **options)
+            return ModelOutput(out.logits, keys)
         with self._extractor.capture() as captured:
-            if logits:
-                out = self._model(**options, logits_to_keep=0 if columns is None else columns).logits
-            else:
-                self._base(**options)
-                out = None
-        return ModelOutput(out, captured[0].reshape(*tokens.shape, self.key_dimension))
+            self._base(input_ids=tokens, **options)
+        return ModelOutput(None, self._keys(captured, tokens))
+
+    def run(self, *, input_ids: Tensor, **options: Any) -> tuple[Any, Tensor]:
+        """Run the Hugging Face model with its own ``options``; its output, and the keys [batch, length, dimension] of ``input_ids``."""
+        with self._extractor.capture() as captured:
+            out = self._model(input_ids=input_ids, **options)
+        return out, self._keys(captured, input_ids)
+
+    @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model itself."""
+        return self._model
+
+    def _keys(self, captured: list[Tensor], tokens: Tensor) -> Tensor:
+        return captured[0].reshape(*tokens.shape, self.key_dimension)
 
 
 def _cast_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,9 +9,10 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -19,11 +20,12 @@ from grpc_health.v1 import health, health_pb2
 from knnlm.errors import InvalidInput
 from knnlm_server import self_check
 from knnlm_server.access import ADMIN, GENERATE, Access, OpenAccess
+from knnlm_server.admin_service import SERVICE_NAME as ADMIN_SERVICE_NAME
 from knnlm_server.calls import Calls
 from knnlm_server.engine_protocol import Engine
+from knnlm_server.errors import EngineFailed
 from knnlm_server.listening import GRPCPort, Place
 from knnlm_server.metrics import Metrics, MetricsPort
-from knnlm_server.pb import admin_pb2
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 from knnlm_server.pb.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService, RequestGate
@@ -31,11 +33,13 @@ from knnlm_server.tls import TLS
 from knnlm_server.tracing import NoTracing, Tracing
 
 GRACE_SECONDS = 30.0
-ADMIN_SERVICE_NAME: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 ROLES = {SERVICE_NAME: GENERATE, ADMIN_SERVICE_NAME: ADMIN}
 
 # What gRPC may take to hand out the last messages of requests that have ended; open health watches take all of it.
 _FLUSH_SECONDS = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+E = TypeVar("E", bound=Engine)
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +93,9 @@ class GenerationServer:
         self._services: set[str] = set()
         self._ports: list[GRPCPort] = []
         self._metrics_port: MetricsPort | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.failed = asyncio.Event()
+        """Set when the engine was ended by an error; nothing is served from then on."""
 
     @property
     def port(self) -> int:
@@ -113,9 +120,12 @@ class GenerationServer:
             raise
         self._gate.open()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watch = asyncio.create_task(self._watch_engine())
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Turn new requests away, let running ones finish within ``grace`` seconds, end the rest, and free the ports."""
+        if self._watch is not None:
+            self._watch.cancel()
         self._gate.close("The server is being stopped and takes no new requests.")
         await self._health.enter_graceful_shutdown()
         try:
@@ -126,6 +136,14 @@ class GenerationServer:
         await asyncio.to_thread(self._engine.stop)
         await self._close(_FLUSH_SECONDS)
         await asyncio.to_thread(self._border.tracing.stop)
+
+    async def _watch_engine(self) -> None:
+        while self._engine.working:
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        _log.critical("the engine has ended, so nothing is served any more; what the log says of it before is why")
+        self._gate.close("The server's engine has failed, and the server must be started again.")
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.failed.set()
 
     def _listen(self) -> None:
         border = self._border
@@ -189,17 +207,18 @@ def _add_admin(service: AdminServiceServicer, server: grpc.aio.Server) -> None:
 
 
 async def serve(
-    engine_factory: Callable[[], Engine],
+    engine_factory: Callable[[], E],
     host: str,
     port: int,
     *,
     grace: float = GRACE_SECONDS,
     on_ready: Callable[[GenerationServer], None],
     border: Border | None = None,
-    admin_of: Callable[[Engine], AdminServiceServicer | None] = lambda _: None,
+    admin_of: Callable[[E], AdminServiceServicer] | None = None,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then stop it within ``grace`` seconds; a second signal ends the process at once.
 
+    Raises :class:`EngineFailed` where the engine ends by itself, so that whatever keeps the process running starts another.
     A port that is in use is refused (:class:`CannotListen`) before the engine is made. ``on_ready`` is called when
     requests are taken; ``admin_of`` makes the servicer that changes the engine's datastores. Only for the main thread of a
     process, since it takes over its signals.
@@ -209,13 +228,23 @@ async def serve(
     # asyncio.run would hold an interrupt back until the engine is loaded, and there is nothing to finish yet.
     _end_on_signals()
     engine = engine_factory()
-    server = GenerationServer(engine, host, port, border, admin_of(engine))
+    server = GenerationServer(engine, host, port, border, admin_of(engine) if admin_of is not None else None)
     stopping = _first_signal()
     await server.start()
     on_ready(server)
-    await stopping.wait()
+    await _first((stopping, server.failed))
     _log.info("stopping; a second signal ends the process at once")
     await server.stop(grace)
+    if server.failed.is_set():
+        raise EngineFailed("The engine has failed, so the server ended; its log says why.")
+
+
+async def _first(events: Sequence[asyncio.Event]) -> None:
+    """Return when one of the events is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 async def check(

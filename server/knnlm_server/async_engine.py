@@ -23,7 +23,7 @@ from knnlm.thread_pools import available_threads, size_thread_pools, thread_chan
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.datastores import Datastores, StoreOptions
 from knnlm_server.engine import DecodingEngine, Output
-from knnlm_server.errors import EngineFailed, ShuttingDown
+from knnlm_server.errors import EngineFailed, ReadTooSlowly, ShuttingDown
 from knnlm_server.memory_plan import SHARE, free_memory, measured_costs, plan_memory
 from knnlm_server.scheduler import STEP_TOKENS
 from knnlm_server.sequence import (
@@ -49,12 +49,44 @@ Content = TokenEvent | FinishEvent | ScoreResult | RetrieveResult | KNNLMError
 Command = Callable[[DecodingEngine], None]
 
 
-class _Listener:
-    """One request's way back: what the engine hands out arrives in the event loop of the request."""
+SECONDS_TO_CATCH_UP = 1.0
 
-    def __init__(self) -> None:
+
+class _Listener:
+    """One request's way back: what the engine hands out arrives in the event loop of the request.
+
+    One who is more than ``most_unread`` events behind, and some time later still, is ended: what was not read is dropped
+    for a :class:`ReadTooSlowly`, and ``leave`` is called.
+    """
+
+    def __init__(self, most_unread: int, leave: Callable[[], None]) -> None:
         self.loop = asyncio.get_running_loop()
         self.contents: asyncio.Queue[Content] = asyncio.Queue()
+        self._most_unread, self._leave = most_unread, leave
+        self._judging: asyncio.TimerHandle | None = None
+        self._ended = False
+
+    def take(self, content: Content) -> None:
+        """Keep what the engine handed out, to be read from ``contents``."""
+        if self._ended:
+            return
+        self.contents.put_nowait(content)
+        if self._judging is None and self.contents.qsize() > self._most_unread:
+            # Not at once: where the loop itself was busy, events of many steps arrive together.
+            self._judging = self.loop.call_later(SECONDS_TO_CATCH_UP, self._judge)
+
+    def _judge(self) -> None:
+        self._judging = None
+        behind = self.contents.qsize()
+        if behind <= self._most_unread:
+            return
+        self._ended = True
+        while not self.contents.empty():
+            self.contents.get_nowait()
+        self.contents.put_nowait(
+            ReadTooSlowly(f"The client is {behind} events behind, and at most {self._most_unread} are kept; read them as they come.")
+        )
+        self._leave()
 
 
 class AsyncEngine:
@@ -92,6 +124,11 @@ class AsyncEngine:
         """What is served now, the limits in force and the resolved configuration."""
         return replace(self._info, datastores=self._datastores.info)
 
+    @property
+    def working(self) -> bool:
+        """Whether requests are answered: from :meth:`start` to :meth:`stop`, or to an error that ended the engine's thread."""
+        return self._open
+
     def start(self) -> None:
         """Warm model and datastores up and begin to work."""
         self._size_pools()
@@ -112,8 +149,9 @@ class AsyncEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         """Token events, and one finish event for each sample; closing the generator cancels the request.
 
-        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait, and
-        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known.
+        Raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait,
+        :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known, and :class:`ReadTooSlowly` where too
+        many events were left unread.
         """
         listener = self._submit(request.request_id, lambda engine: engine.add(request))
         running = request.samples
@@ -152,7 +190,7 @@ class AsyncEngine:
         return content
 
     def _submit(self, request_id: str, command: Command) -> _Listener:
-        listener = _Listener()
+        listener = _Listener(self._info.limits.max_unread_events, lambda: self._leave(request_id))
 
         def run(engine: DecodingEngine) -> None:
             try:
@@ -197,18 +235,25 @@ class AsyncEngine:
             self._tell([(request_id, stopped) for request_id in list(self._listeners)])
 
     def _work(self, engine: DecodingEngine) -> None:
-        while self._obey(engine):
+        settled = True  # whether the observer was told of the last change
+        while self._obey(engine, settled):
+            worked = not engine.idle
             try:
                 outputs = engine.step()
+                settled = engine.idle
             except Exception as error:  # a step as a whole broke: its requests end, the server goes on
                 logger.exception("a step failed")
                 outputs = engine.fail_all(error)
+                settled = not worked
             self._tell([(output.request_id, output.content) for output in outputs])
 
-    def _obey(self, engine: DecodingEngine) -> bool:
-        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end."""
+    def _obey(self, engine: DecodingEngine, settled: bool) -> bool:
+        """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end.
+
+        Where the last request was cancelled there is one step more, by which the observer learns that nothing runs.
+        """
         while True:
-            idle = engine.idle
+            idle = engine.idle and settled
             try:
                 command = self._commands.get(block=idle, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
@@ -255,7 +300,7 @@ class AsyncEngine:
 
 def _deliver(deliveries: list[tuple[_Listener, Content]]) -> None:
     for listener, content in deliveries:
-        listener.contents.put_nowait(content)
+        listener.take(content)
 
 
 def build_async_engine(

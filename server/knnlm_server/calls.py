@@ -81,7 +81,8 @@ class Calls(grpc.aio.ServerInterceptor):
             call = _call(method, metadata)
             with _as_current(call), self._tracing.span(service, method, call.request_id, metadata) as span:
                 try:
-                    await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
+                    # At the end, not at once: a call of which anything has come back is not tried again by its client.
+                    context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
                     call.caller = self._access.caller(metadata)
                     call.caller.require(self._roles[service])
                     request = _parsed(handler.request_deserializer, content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from knnlm_server.sequence import FinishEvent, NeighborEvidence, TokenEvent
+from knnlm_server.sequence import CompletionEvidence, DocumentWeight, FinishEvent, NeighborEvidence, TokenEvent
 
 if TYPE_CHECKING:
-    from knnlm_server.client import Completion
+    from knnlm_server.client import Completion, Retrieved
 
 # What the columns beside place and left context take, roughly, and how wide a place is where there is room.
 _OTHER_COLUMNS = 58
@@ -26,18 +26,71 @@ _SHARE_STYLES = ((0.1, Style()), (0.35, Style(color="yellow")), (0.65, Style(col
 
 
 def show_stream(prompt: str, events: Iterable[TokenEvent | FinishEvent], console: Console) -> None:
-    """Print the text as it comes, then the table of neighbours if there are any. The prompt is shown on a terminal only."""
+    """Print the text as it comes, then what was asked for beside it. The prompt is shown on a terminal only."""
     tokens: list[TokenEvent] = []
+    evidence: CompletionEvidence | None = None
     for event in events:
         if not tokens and console.is_terminal:  # only now, since a refused request shows nothing
             _write(console, prompt, Style(dim=True))
         if isinstance(event, TokenEvent):
             tokens.append(event)
+        else:
+            evidence = event.evidence
         _write(console, event.text, share_style(event.knn_share) if isinstance(event, TokenEvent) else Style())
     console.print()
+    _show_sources(tokens, evidence, console)
+
+
+def show_completions(prompt: str, completions: Sequence[Completion], console: Console) -> None:
+    """Print whole completions, each under its number where there are several."""
+    if console.is_terminal:
+        _write(console, prompt + "\n", Style(dim=True))
+    for completion in completions:
+        if len(completions) > 1:
+            console.print(f"== sample {completion.sample}", highlight=False)
+        _write(console, completion.text, Style())
+        console.print()
+        _show_sources(completion.tokens, completion.evidence, console)
+
+
+def _show_sources(tokens: Sequence[TokenEvent], evidence: CompletionEvidence | None, console: Console) -> None:
     if any(token.neighbors for token in tokens):
         console.print(_legend())
         console.print(neighbor_table(tokens, console.width))
+    if evidence is not None:
+        _show_evidence(evidence, console)
+
+
+def _show_evidence(evidence: CompletionEvidence, console: Console) -> None:
+    console.print(f"retrieval changed {evidence.changed_share:.0%} of the tokens; searched for {evidence.searched_tokens}", highlight=False)
+    if evidence.documents:
+        console.print(document_table(evidence.documents))
+    run = evidence.verbatim
+    if run is not None:
+        place = _place(run.source or run.document_id, run.line)
+        console.print(
+            Text(f"longest verbatim run: {run.tokens} tokens from {run.datastore} {place}: {_harmless(run.text)!r}"), soft_wrap=True
+        )
+
+
+def document_table(documents: Iterable[DocumentWeight]) -> Table:
+    """One row for each document, by what it contributed."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for name in ("datastore", "document", "source"):
+        table.add_column(name, overflow="fold")
+    for document in documents:
+        names = (document.datastore, document.document_id, document.source)
+        table.add_row(f"{document.weight:.2f}", *(Text(_harmless(name)) for name in names))
+    return table
+
+
+def place_table(neighbors: Iterable[NeighborEvidence], width: int) -> Table:
+    """One row for each neighbour of a context; ``width`` is what a line holds."""
+    table, context = _places_table((), width)
+    for neighbor in neighbors:
+        table.add_row(*_neighbor_cells(neighbor, context))
+    return table
 
 
 def share_style(share: float | None) -> Style:
@@ -47,15 +100,7 @@ def share_style(share: float | None) -> Style:
 
 def neighbor_table(tokens: Iterable[TokenEvent], width: int) -> Table:
     """One row for each neighbour, under the token at whose step it voted; ``width`` is what a line holds."""
-    place = max(_LEAST_WIDTH, min(_PLACE_WIDTH, width // 4))
-    context = max(_LEAST_WIDTH, width - _OTHER_COLUMNS - place)
-    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-    table.add_column("token", no_wrap=True)
-    for name in ("p", "kNN", "weight", "distance"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", overflow="fold", min_width=place)
-    table.add_column("left context", justify="right", no_wrap=True)
-    table.add_column("voted for", no_wrap=True)
+    table, context = _places_table(("token", "p", "kNN"), width)
     for token in tokens:
         head = (Text(repr(token.token_text), share_style(token.knn_share)), _probability(token.log_prob), _percent(token.knn_share))
         for row, neighbor in enumerate(token.neighbors):
@@ -63,20 +108,42 @@ def neighbor_table(tokens: Iterable[TokenEvent], width: int) -> Table:
     return table
 
 
+def _places_table(before: Sequence[str], width: int) -> tuple[Table, int]:
+    """An empty table of neighbours, with columns before those of a neighbour, and the characters of left context it has room for."""
+    place = max(_LEAST_WIDTH, min(_PLACE_WIDTH, width // 4))
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
+    for name in before:
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
+    for name in ("weight", "distance"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold", min_width=place)
+    table.add_column("left context", justify="right", no_wrap=True)
+    table.add_column("voted for", no_wrap=True)
+    return table, max(_LEAST_WIDTH, width - _OTHER_COLUMNS - place)
+
+
 def completion_fields(completion: Completion) -> dict[str, Any]:
     """A completion as JSON has it; None where a value was not asked for or does not exist."""
     return asdict(completion) | {"finish_reason": completion.finish_reason.value}
 
 
+def retrieved_fields(found: Retrieved) -> dict[str, Any]:
+    """The neighbours of a context as JSON has them."""
+    return asdict(found)
+
+
 def _neighbor_cells(neighbor: NeighborEvidence, context_width: int) -> tuple[str | Text, ...]:
-    where = neighbor.source or neighbor.document_id
     return (
         _percent(neighbor.weight),
         f"{neighbor.distance:.2f}",
-        Text(_harmless(where if neighbor.line is None else f"{where}:{neighbor.line}")),
+        Text(_place(neighbor.source or neighbor.document_id, neighbor.line)),
         Text(_harmless(" ".join(neighbor.left_context.split())[-context_width:])),
         Text(repr(neighbor.text)),
     )
+
+
+def _place(where: str, line: int | None) -> str:
+    return _harmless(where if line is None else f"{where}:{line}")
 
 
 def _write(console: Console, text: str, style: Style) -> None:

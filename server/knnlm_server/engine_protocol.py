@@ -50,6 +50,10 @@ class Engine(Protocol):
     def info(self) -> ServerInfo:
         """What is served now, the limits in force and the resolved configuration; known before :meth:`start`."""
 
+    @property
+    def working(self) -> bool:
+        """Whether it answers: from :meth:`start` to :meth:`stop`, or until something ended it for good."""
+
     def start(self) -> None:
         """Begin to work; returns when the first request would be answered at full speed."""
 

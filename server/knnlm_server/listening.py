@@ -72,6 +72,7 @@ class GRPCPort:
         reflected: bool,
         max_message_bytes: int,
     ) -> None:
+        place.ensure_free()  # before there is a gRPC server to be stopped again
         options = [*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         for add in services.values():
@@ -80,13 +81,17 @@ class GRPCPort:
         if reflected:
             reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.place = self._bound(place, credentials)
+        self._started = False
 
     async def start(self) -> None:
         """Begin to answer."""
         await self._server.start()
+        self._started = True
 
     async def stop(self, grace: float | None) -> None:
         """End what runs after ``grace`` seconds and free the port."""
+        if not self._started:  # gRPC keeps the port of a server that is stopped before it was started
+            await self.start()
         await self._server.stop(grace)
 
     def also_on_loopback(self) -> Place:
@@ -94,7 +99,6 @@ class GRPCPort:
         return self._bound(Place(), None)
 
     def _bound(self, place: Place, credentials: grpc.ServerCredentials | None) -> Place:
-        place.ensure_free()
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(place.address)

@@ -19,7 +19,7 @@ from knnlm_server.serve_options import chosen_limits, named_datastores
 
 if TYPE_CHECKING:
     from knnlm_server.app import Border, GenerationServer
-    from knnlm_server.engine_protocol import Engine
+    from knnlm_server.async_engine import AsyncEngine
 
 # Paths of files that hold secrets say nothing to clients.
 _NOT_FOR_CLIENTS = {"config", "tls_cert", "tls_key", "tls_client_ca", "tokens"}
@@ -104,6 +104,9 @@ def serve(
     step_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step of the engine reads.", show_default="the engine's")
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that torch and FAISS each have.", show_default="the cores there are")
+    ] = None,
     limits: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,12 +147,13 @@ def serve(
     import asyncio
 
     from knnlm_server import app
+    from knnlm_server.admin_service import AdminService
 
     configure(log_format, log_level, texts_of_exceptions=log_prompts)
     settings, given = configuration.resolved(context), context.params
     stores, options, border = named_datastores(store, datastores or []), _engine_options(given), _border(given, settings)
 
-    def engine() -> Engine:
+    def engine() -> AsyncEngine:
         _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
         # Imported here, so that an address that can't be used is refused at once.
         from knnlm.console import quiet_transformers
@@ -161,12 +165,15 @@ def serve(
     if check:
         asyncio.run(app.check(engine, host, port, border=border, on_answer=_answered))
     else:
-        asyncio.run(app.serve(engine, host, port, border=border, grace=grace, on_ready=_announce))
+        made = app.serve(
+            engine, host, port, border=border, grace=grace, on_ready=_announce, admin_of=lambda engine: AdminService(engine.datastores)
+        )
+        asyncio.run(made)
 
 
 def _engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the engine is told; what was not given is left to it."""
-    same = ("k", "knn_temperature", "weight", "allow_unproven", "model", "device", "dtype", "trust_remote_code", "verify")
+    same = ("k", "knn_temperature", "weight", "allow_unproven", "model", "device", "dtype", "threads", "trust_remote_code", "verify")
     options = {name: given[name] for name in same}
     options |= {"max_concurrent": given["max_concurrent"], "context": given["max_context"], "step_tokens": given["step_tokens"]}
     options |= {"memory_bytes": _bytes(given, "memory"), "prefix_cache_bytes": _bytes(given, "prefix_cache")}

@@ -165,7 +165,8 @@ class GenerationService(GenerationServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """What is served; answered also while the gate is closed."""
         info = self._engine.info
-        return converters.server_info_message(replace(info, settings=info.settings | self._settings))
+        # What the engine made of a setting says more than that it was not set.
+        return converters.server_info_message(replace(info, settings=self._settings | info.settings))
 
     async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
         # A long prompt takes long to tokenise; on a thread it holds up nobody else.

@@ -24,6 +24,7 @@ from knnlm_server.sequence import (
     ServerInfo,
     TokenEvent,
 )
+from knnlm_server.telemetry import StepReport, Unobserved
 from tests.engine.harness import LM_ALONE, CountingIndex, Parts, RecordingEngine, complete, make_engine, random_prompt, request
 
 MIXED = RetrievalParams(0.5, 8, 10.0)
@@ -172,6 +173,41 @@ def test_a_cancelled_task_cancels_its_request(gpt2: Parts, start: Start) -> None
 
     run(cancel_both())
     assert len(engine.inner.keys["a"]) < 60
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_observer_learns_that_nothing_runs_any_more(gpt2: Parts, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last request did not end in a step of its own, but was cancelled or failed with all the others."""
+    running: list[int] = []
+
+    class Observer(Unobserved):
+        def step(self, report: StepReport) -> None:
+            running.append(report.running)
+
+    outer = AsyncEngine(gpt2.model, gpt2.knn_lm.tokenizer, gpt2.datastores(), info(gpt2), observer=Observer())
+    outer.start()
+
+    async def give_up() -> None:
+        stream = outer.generate(endless("a"))
+        await anext(stream)
+        assert running[-1] == 1
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(gpt2.model, "forward", _failing)
+                with pytest.raises(EngineFailed):
+                    _ = [event async for event in stream]
+        await stream.aclose()
+        while running[-1]:
+            await asyncio.sleep(0.005)
+
+    try:
+        run(give_up())
+    finally:
+        outer.stop()
+
+
+def _failing(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no forward pass")
 
 
 def test_score(gpt2: Parts, start: Start) -> None:

@@ -108,7 +108,7 @@ def test_tokens_and_neighbours_equal_the_librarys(gpt2: Parts, served: Datastore
 def test_each_datastore_is_searched_once_a_step_for_the_rows_that_use_it(gpt2: Parts, paths: dict[str, Path]) -> None:
     datastores, indexes = Datastores(gpt2.model, gpt2.knn_lm.tokenizer), {}
     for name, path in paths.items():
-        opened = open_searchable(path)
+        opened = open_searchable(path, dtype=gpt2.model.dtype)
         indexes[name] = CountingIndex(opened.retriever.index)
         retriever = Retriever(indexes[name], opened.store.keys, opened.store.values)
         datastores.serve(name, SearchableStore(opened.store, retriever, opened.mixture, "the test"))
@@ -202,7 +202,7 @@ def test_a_lookup_can_be_cancelled_and_leaves_its_row(gpt2: Parts, served: Datas
 def test_a_lookup_in_an_empty_datastore_finds_nobody(gpt2: Parts, tmp_path: Path) -> None:
     path = store_of(gpt2.model, tmp_path / "emptied", 3)
     datastores = Datastores(gpt2.model, gpt2.knn_lm.tokenizer)
-    served = datastores.serve("emptied", open_searchable(path))
+    served = datastores.serve("emptied", open_searchable(path, dtype=gpt2.model.dtype))
     remove_documents(path, [served.store.documents[row].id for row in range(3)])
     engine = make_engine(gpt2, datastores=datastores)
     engine.add_retrieve(lookup("r", [5, 6], mixing(weight=1.0)))

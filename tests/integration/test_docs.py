@@ -5,9 +5,9 @@ Fences of README.md, the other pages at the top and ``docs/``:
 - ``console``: lines that begin with ``$ `` are commands (``\\`` at the end goes on in the next line); other lines are
   output and are not compared. They run in order, in one folder for each page, that holds ``corpus/``, ``more/`` (JSON
   lines with a ``license``), ``heldout.txt`` and ``store/`` (made of the first, unless the page itself builds it).
-  ``--model NAME`` finds a tiny model at NAME. ``knnlm serve`` runs in the background until the page ends; port 50051
-  becomes a free one. ``make TARGET`` must be a target of the Makefile and is not run here, and neither is ``knnlm
-  demo``: ``make demo`` does.
+  ``--model NAME`` finds a tiny model at NAME. ``knnlm serve`` runs in the background until the page ends, unless it is
+  given ``--check``; the ports 50051, 50052 and 9090 become free ones. ``make TARGET`` must be a target of the Makefile
+  and is not run here, and neither is ``knnlm demo``: ``make demo`` does. ``buf`` is a client from elsewhere.
 - ``python``: blocks run in order, in one namespace for each page and the same folder, with ``STORE`` and ``MODEL`` set.
 - either with `` not-run: REASON`` after it is left out.
 - ``bash``, ``sh`` and ``shell`` are refused, so that no command escapes.
@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from tests.tiny import VOCABULARY, save, tiny_corpus, tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")})
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^`\n]*)$")
-PORT = "50051"
+PORTS = ("50051", "50052", "9090")
 SECONDS = 300
 LICENSES = ("CC-BY-4.0", "internal")
 
@@ -100,7 +101,9 @@ def test_fences_follow_the_convention(page: Path) -> None:
             if words[0] == "make":
                 assert set(words[1:]) <= targets, f"{where}: {line} is no target of the Makefile"
             else:
-                assert "knnlm" in words, f"{where}: only knnlm and make are run here; fence it as 'console not-run: REASON'"
+                assert "knnlm" in words or words[0] == "buf", (
+                    f"{where}: only knnlm, buf and make are run here; fence it as 'console not-run: REASON'"
+                )
 
 
 def executed(page: Path) -> list[Block]:
@@ -118,22 +121,22 @@ class Folder:
         self.names: dict[str, Any] = {"__name__": "__main__", "STORE": str(path / "store"), "MODEL": str(model)}
         self._model = model
         self._servers: list[subprocess.Popen[str]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = str(free.getsockname()[1])
+        with ExitStack() as sockets:
+            free = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
+            self._ports = {port: str(one.getsockname()[1]) for port, one in zip(PORTS, free, strict=True)}
 
     def python(self, block: Block) -> None:
         """Run a block with its lines numbered as in the page, so that an error names them."""
-        text = "\n" * block.line + block.text.replace(PORT, self._port)
+        text = "\n" * block.line + self._with_free_ports(block.text)
         exec(compile(text, str(block.page), "exec"), self.names)
 
     def command(self, line: str) -> None:
-        line = line.replace(PORT, self._port)
+        line = self._with_free_ports(line)
         words = shlex.split(line, comments=True)
         if words[0] == "make" or words[:2] == ["knnlm", "demo"]:
             return
         self._place_models(words)
-        if words[:2] == ["knnlm", "serve"]:
+        if words[:2] == ["knnlm", "serve"] and "--check" not in words:
             self._serve([word for word in words if word != "&"])
             return
         done = subprocess.run(["bash", "-c", line], cwd=self.path, env=self._environment(), capture_output=True, text=True, timeout=SECONDS)
@@ -144,6 +147,9 @@ class Folder:
             server.terminate()
             _, err = server.communicate(timeout=SECONDS)
             assert server.returncode == 0, err
+
+    def _with_free_ports(self, text: str) -> str:
+        return re.sub("|".join(rf"\b{port}\b" for port in PORTS), lambda found: self._ports[found[0]], text)
 
     def _place_models(self, words: list[str]) -> None:
         for option, name in itertools.pairwise(words):

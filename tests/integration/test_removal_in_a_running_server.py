@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from knnlm.datastore.removal import remove_documents
 from knnlm.model import HFLanguageModel
 from knnlm_server.client import GenerationClient
 from knnlm_server.sequence import TokenEvent
+from tests.integration.long_model import LONG, long_model
 from tests.stores import build, environment, knnlm, text_folder
-from tests.tiny import VOCABULARY, save, tiny_corpus, tiny_tokenizer
+from tests.tiny import tiny_corpus
 
-DOCUMENTS, NEIGHBORS, LONG = 30, 24, 4000
+DOCUMENTS, NEIGHBORS = 30, 24
 WITHIN_SECONDS = 1.0
 PATIENCE = 120.0
 
@@ -32,12 +31,7 @@ PATIENCE = 120.0
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model that can go on for long."""
     folder = tmp_path_factory.mktemp("long")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=LONG + 100, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.2, dtype="float32",
-    )  # fmt: skip
-    path = save(GPT2LMHeadModel(config).eval(), tiny_tokenizer(), folder / "model")
+    path = long_model(folder / "model")
     corpus = text_folder(folder / "corpus", tiny_corpus(DOCUMENTS))
     build(corpus, folder / "store", HFLanguageModel.load(path), index="IVF8,SQ8", max_length=64)
     return folder / "store"

@@ -95,7 +95,7 @@ EVIDENCE = CompletionEvidence(
 
 
 class ByteTokenizer:
-    """A token for each UTF-8 byte; ``bos`` is put before every prompt."""
+    """A token for each UTF-8 byte, and 256, which is special; ``bos`` is put before every prompt."""
 
     vocabulary_size = 257
 
@@ -110,7 +110,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_id for token_id in token_ids if token_id != self.bos).decode(errors="replace")
+        return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
         return "<bos>" if token_id == self.bos else chr(token_id)
@@ -142,9 +142,14 @@ class FakeEngine:
         self.retrieved: list[RetrieveRequest] = []
         self.started = False
         self.stopped = False
+        self.broken = False
         self.released = False
         self.closed = threading.Event()
         self._holding: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    @property
+    def working(self) -> bool:
+        return self.started and not self.stopped and not self.broken
 
     def start(self) -> None:
         self.started = True

@@ -8,22 +8,30 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from knnlm.errors import ModelError
-from knnlm_server.app import GenerationServer
+from knnlm.errors import InvalidInput, ModelError
+from knnlm_server.access import OpenAccess
+from knnlm_server.app import Border, GenerationServer, check, ensure_reachable_as_meant, serve
 from knnlm_server.client import GenerationClient, ServerUnavailable
-from knnlm_server.errors import CannotListen
+from knnlm_server.errors import CannotListen, EngineFailed
 from knnlm_server.listening import Place
-from knnlm_server.sequence import FinishEvent, TokenEvent
+from knnlm_server.pb import generation_pb2 as pb
+from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
+from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
+from knnlm_server.service import SERVICE_NAME
+from knnlm_server.tls import TLS, TLSFiles
 from tests.server.conftest import WAIT_SECONDS, RunningServer
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import LIMITS, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[[FakeEngine], RunningServer]
@@ -74,6 +82,7 @@ def test_while_the_engine_starts_requests_are_turned_away_and_health_says_so() -
         def start(self) -> None:
             self.starting.set()
             assert self.go_on.wait(WAIT_SECONDS)
+            super().start()
 
     engine = SlowEngine()
     engine.starting, engine.go_on = threading.Event(), threading.Event()  # type: ignore[attr-defined]
@@ -139,7 +148,7 @@ def test_requests_that_outlast_the_grace_period_are_ended(start_server: Start) -
 PROGRAM = """
 import asyncio, sys, threading
 from knnlm_server.app import serve
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import LIMITS, FakeEngine
 
 def announce(server):
     print(f"listening on {server.address}", flush=True)
@@ -195,3 +204,152 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert child.wait(WAIT_SECONDS) == -signal.SIGTERM
         with pytest.raises(ServerUnavailable):
             list(held)
+
+
+def ensure(host: str, **options: Any) -> None:
+    ensure_reachable_as_meant(Place(host, 0), Border(**options))
+
+
+class Tokens(OpenAccess):
+    asks_for_tokens = True
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> TLS:
+    certificate = trustme.CA().issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    return TLS(TLSFiles(tmp_path / "cert.pem", tmp_path / "key.pem"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_on_this_machine_alone_there_is_no_warning(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    ensure(host)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_open_server_on_a_network_is_warned_of_with_what_to_do(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    ensure(host)
+    who, clear = [record.getMessage() for record in caplog.records]
+    assert "anyone who reaches" in who
+    assert "--tokens or --tls-client-ca" in who
+    assert "in the clear; give --tls-cert and --tls-key" in clear
+
+
+def test_tokens_in_the_clear_and_tls_without_tokens_are_each_warned_of(caplog: pytest.LogCaptureFixture, tls: TLS) -> None:
+    ensure("0.0.0.0", access=Tokens())
+    ensure("0.0.0.0", tls=tls)
+    assert ["clear" in record.getMessage() for record in caplog.records] == [True, False]
+    caplog.clear()
+    ensure("0.0.0.0", access=Tokens(), tls=tls)
+    assert not caplog.records
+
+
+def test_an_admin_port_that_is_open_to_a_network_is_refused(tls: TLS) -> None:
+    for options in ({}, {"tls": tls}):
+        with pytest.raises(InvalidInput, match=r"--tokens or --tls-client-ca, or use 127\.0\.0\.1"):
+            ensure("127.0.0.1", admin=Place("0.0.0.0", 0, "--admin-port"), **options)
+    ensure("127.0.0.1", admin=Place("0.0.0.0", 0, "--admin-port"), access=Tokens())
+
+
+@pytest.mark.parametrize(("option", "place"), [("--admin-port", "admin"), ("--metrics-port", "metrics_place")])
+def test_every_port_is_looked_at_before_the_engine_is_made(option: str, place: str) -> None:
+    def engine() -> FakeEngine:
+        raise AssertionError("the engine was made")
+
+    with taken_port() as port:
+        border = Border(**{place: Place("127.0.0.1", port, option)})  # type: ignore[arg-type]
+        with pytest.raises(CannotListen, match=f"Port {port} on 127.0.0.1 is in use; choose another with {option}"):
+            asyncio.run(serve(engine, "127.0.0.1", 0, border=border, on_ready=print))
+
+
+def test_a_port_that_is_taken_meanwhile_frees_those_that_were_had() -> None:
+    engine = FakeEngine()
+
+    async def life() -> int:
+        with taken_port() as port:
+            server = GenerationServer(engine, border=Border(metrics_place=Place("127.0.0.1", port)))
+            with pytest.raises(CannotListen, match="--metrics-port"):
+                await server.start()
+        return server.port
+
+    Place("127.0.0.1", asyncio.run(life())).ensure_free()
+    assert not engine.started
+
+
+def test_a_server_whose_engine_ends_by_itself_says_so_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+
+    async def life() -> None:
+        server = GenerationServer(engine)
+        await server.start()
+        assert await asyncio.to_thread(is_serving, server.address)
+        engine.broken = True
+        await asyncio.wait_for(server.failed.wait(), WAIT_SECONDS)
+        assert not await asyncio.to_thread(is_serving, server.address)
+        with GenerationClient(server.address) as client, pytest.raises(ServerUnavailable, match="engine has failed"):
+            await asyncio.to_thread(client.generate, "hi", max_new_tokens=8)
+        await server.stop()
+
+    asyncio.run(life())
+    assert "the engine has ended" in caplog.text
+
+
+def test_health_watch_tells_each_service_from_start_to_drain(start_server: Start) -> None:
+    server = start_server(FakeEngine())
+    with grpc.insecure_channel(server.target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=WAIT_SECONDS)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        stopped = server.submit(server.server.stop(grace=WAIT_SECONDS))
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        stopped.result(WAIT_SECONDS)
+
+
+def test_more_calls_than_the_server_takes_on_are_told_when_to_come_again(start_server: Start) -> None:
+    engine = FakeEngine(["a", "b"], hold_after=1, limits=replace(LIMITS, max_concurrent=1, max_waiting_requests=1))
+    server = start_server(engine)
+    options = pb.GenerationOptions(stopping=pb.StoppingOptions(max_new_tokens=8))
+    asked = pb.StreamGenerateRequest(prompt=pb.Input(text="hi"), options=options)
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GenerationServiceStub(channel)
+        held = [stub.StreamGenerate(asked) for _ in range(2)]
+        for events in held:
+            next(events)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.StreamGenerate(asked))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+        assert len(engine.requests) == 2
+        engine.release()
+        assert [len(list(events)) for events in held] == [2, 2]
+        assert len(list(stub.StreamGenerate(asked))) == 3
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("access", [OpenAccess(), Tokens()])
+def test_check_answers_one_request_through_the_servers_own_port(access: OpenAccess, encrypted: bool, tls: TLS) -> None:
+    answers: list[tuple[int, int]] = []
+    engine = FakeEngine(["a"])
+
+    def answered(server: GenerationServer, tokens: int, seconds: float) -> None:
+        answers.append((server.port, tokens))
+
+    asyncio.run(check(lambda: engine, "127.0.0.1", 0, border=Border(access=access, tls=tls if encrypted else None), on_answer=answered))
+    ((port, tokens),) = answers
+    assert tokens == 1
+    assert [request.tenant for request in engine.requests] == ["check"]
+    assert engine.stopped
+    Place("127.0.0.1", port).ensure_free()
+
+
+def test_check_fails_where_the_server_does_not_answer() -> None:
+    class Failing(FakeEngine):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+            raise ModelError("The model has no weights.")
+            yield  # a generator
+
+    engine = Failing()
+    with pytest.raises(EngineFailed, match=r"FAILED_PRECONDITION: The model has no weights\."):
+        asyncio.run(check(lambda: engine, "127.0.0.1", 0, on_answer=print))
+    assert engine.stopped

@@ -17,6 +17,9 @@ import trustme
 from knnlm.errors import InvalidInput
 from knnlm_server.client import AsyncGenerationClient, GenerationClient, RequestFailed, Retries, ServerUnavailable, Tls
 from knnlm_server.client_channel import MOST_ATTEMPTS, Connection
+from knnlm_server.errors import QueueFull
+from knnlm_server.pb import generation_pb2 as pb
+from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
 from knnlm_server.sequence import FinishEvent, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer, running
 from tests.server.fake_engine import FakeEngine
@@ -103,6 +106,19 @@ def test_the_server_may_say_never(detokenize: Detokenize) -> None:
     with scripted(script) as target, pytest.raises(RequestFailed):
         detokenize(target, SOON, [1])
     assert script.attempts == 1
+
+
+def test_a_full_queue_of_the_product_is_tried_again_when_it_says(start_server: Start) -> None:
+    class FullAtFirst(FakeEngine):
+        def _fail_if_asked(self, tokens: Any) -> None:
+            if len(self.requests) == 1:
+                raise QueueFull("full")
+
+    engine = FullAtFirst()
+    with GenerationClient(start_server(engine).target, retries=LATE) as client:
+        assert client.generate("hi", max_new_tokens=8, timeout=WAIT_SECONDS).text == "ab!"
+        assert [event.text for event in client.stream("hi", max_new_tokens=8, timeout=WAIT_SECONDS)] == ["a", "b", "!"]
+    assert len(engine.requests) == 3
 
 
 def test_a_stream_is_tried_again_before_its_first_message_only() -> None:
@@ -325,6 +341,14 @@ def test_files_of_tls_that_cannot_be_used_are_refused_by_name(tmp_path: Path, ce
 def test_addresses_of_both_families_are_one_name() -> None:
     assert Connection(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"])._uri == "ipv4:127.0.0.1:1,127.0.0.1:2"
     assert Connection(["127.0.0.1:1", "[::1]:2"])._uri == "ipv6:[::ffff:127.0.0.1]:1,[::1]:2"
+
+
+def test_the_id_of_a_call_comes_back(start_server: Start) -> None:
+    with grpc.insecure_channel(start_server(FakeEngine()).target) as channel:
+        _, call = GenerationServiceStub(channel).Tokenize.with_call(  # type: ignore[no-untyped-call]  # generated
+            pb.TokenizeRequest(text="a"), metadata=(("x-request-id", "mine"),)
+        )
+    assert dict(call.trailing_metadata())["x-request-id"] == "mine"
 
 
 def test_the_end_of_a_stream_is_its_finish() -> None:

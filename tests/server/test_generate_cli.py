@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import trustme
 import typer
 from rich.console import Console
 
 import knnlm.cli
 from knnlm_server import cli, display
-from knnlm_server.sequence import FinishEvent, FinishReason, TokenEvent
+from knnlm_server.sequence import DatastoreChoice, FinishEvent, FinishReason, TokenEvent
 from tests.server.conftest import RunningServer
 from tests.server.fake_engine import NEIGHBOR, FakeEngine
+from tests.server.scripted_server import Script, scripted
 from tests.server.test_client import free_port
+from tests.server.test_client_channel import server_credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[[FakeEngine], RunningServer]
@@ -70,12 +73,18 @@ def test_the_prompt_can_come_from_standard_input(invoke: Invoke, engine: FakeEng
 
 def test_options_arrive(invoke: Invoke, engine: FakeEngine) -> None:
     options = "--temperature 0 --top-k 4 --top-p 0.5 --min-p 0.1 --repetition-penalty 1.5 --seed 3 --stop x --stop y"
-    found = invoke("hi", *options.split(), *["--ignore-eos", "--weight", "0.5", "--k", "2", "--knn-temperature", "3.5"])
+    options += " --typical-p 0.7 --frequency-penalty 0.5 --presence-penalty -0.5 --max-seconds 9"
+    mixture = "--weight 0.5 --k 2 --knn-temperature 3.5 --datastore other=2.5 --datastore main"
+    found = invoke("hi", *options.split(), *mixture.split(), "--ignore-eos", "--bad-word", "x", "--best-of", "3")
     assert found.exit_code == 0, found.stderr
     (request,) = engine.requests
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0, 4, 0.5, 0.1)
-    assert (sampling.repetition_penalty, sampling.seed) == (1.5, 3)
+    assert (sampling.repetition_penalty, sampling.seed, sampling.typical_p) == (1.5, 3, 0.7)
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -0.5)
+    assert sampling.bad_words == ((120,), (32, 120))
+    assert (request.stopping.max_seconds, request.samples) == (9, 3)
+    assert request.retrieval.datastores == (DatastoreChoice("other", 2.5), DatastoreChoice("main", 1.0))
     assert (request.stopping.stop_strings, request.stopping.ignore_eos) == (("x", "y"), True)
     assert (request.retrieval.weight, request.retrieval.k, request.retrieval.temperature) == (0.5, 2, 3.5)
     assert not request.detail.log_probs
@@ -91,6 +100,77 @@ def test_neighbors_are_shown_with_their_place(invoke: Invoke) -> None:
     assert found.stdout.startswith("a\tb!\n")
     row = next(line for line in found.stdout.splitlines() if line.strip().startswith("'a'"))
     assert row.split() == ["'a'", "0.607", "80%", "75%", "1.50", "docs/a.txt:3", "before", "it", "'b'"]
+
+
+def test_evidence_names_documents_and_the_verbatim_run(invoke: Invoke) -> None:
+    found = invoke("hi", "--evidence")
+    text, changed, head, first, second, run = found.stdout.splitlines()
+    assert (text, changed) == ("a\tb!", "retrieval changed 50% of the tokens; searched for 2")
+    assert head.split() == ["tokens", "datastore", "document", "source"]
+    assert (first.split(), second.split()) == (["1.25", "main", "d1", "docs/a.txt"], ["0.50", "other", "d2"])
+    assert run == "longest verbatim run: 2 tokens from main docs/a.txt:3: 'ab'"
+
+
+def test_samples_are_shown_under_their_numbers(invoke: Invoke) -> None:
+    assert invoke("hi", "--samples", "2").stdout == "== sample 0\na\tb!\n== sample 1\na\tb!\n"
+    assert invoke("hi", "--samples", "1", "--best-of", "3").stdout == "a\tb!\n"
+
+
+def test_samples_in_json_are_a_list(invoke: Invoke) -> None:
+    value = json.loads(invoke("hi", "--samples", "2", "--best-of", "3", "--evidence", "--json").stdout)
+    assert [completion["sample"] for completion in value["completions"]] == [2, 1]
+    assert value["completions"][0]["evidence"]["verbatim"]["text"] == "ab"
+
+
+def test_retrieve_shows_places(capsys: pytest.CaptureFixture[str], start_server: Start, engine: FakeEngine) -> None:
+    target = start_server(engine).target
+    found = command(capsys, "retrieve", "hi", "--target", target, "--neighbors", "2", "--datastore", "other", "--k", "3")
+    assert found.exit_code == 0, found.stderr
+    head, *rows = found.stdout.splitlines()
+    assert head.split() == ["weight", "distance", "where", "left", "context", "voted", "for"]
+    assert [row.split() for row in rows] == [["75%", "1.50", "docs/a.txt:3", "before", "it", "'b'"]] * 2
+    assert (engine.retrieved[0].retrieval.k, engine.retrieved[0].retrieval.datastores) == (3, (DatastoreChoice("other"),))
+    value = json.loads(command(capsys, "retrieve", "hi", "--target", target, "--json").stdout)
+    assert value["token_ids"] == [104, 105]
+    assert value["neighbors"][0]["metadata"] == NEIGHBOR.metadata
+
+
+@pytest.mark.parametrize(
+    ("args", "said"), [(["--neighbors", "0"], "--neighbors"), (["--datastore", "main=0"], "--datastore"), (["--k", "0"], "--k")]
+)
+def test_retrieve_names_options(capsys: pytest.CaptureFixture[str], start_server: Start, args: list[str], said: str) -> None:
+    found = command(capsys, "retrieve", "hi", "--target", start_server(FakeEngine()).target, *args)
+    assert (found.exit_code, found.stderr.split()[1]) == (2, said)
+    assert "context" in command(capsys, "retrieve", "", "--target", start_server(FakeEngine()).target).stderr
+
+
+@pytest.mark.parametrize("how", ["file", "environment"])
+def test_a_token_goes_with_the_request(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    (tmp_path / "token").write_text("t0ken\n")
+    if how == "environment":
+        monkeypatch.setenv("KNNLM_TOKEN", "t0ken")
+    script = Script()
+    with scripted(script) as target:
+        arguments = ["--token-file", str(tmp_path / "token")] if how == "file" else []
+        assert command(capsys, "generate", "hi", "--target", target, *arguments).exit_code == 0
+    assert script.metadata[0]["authorization"] == "Bearer t0ken"
+
+
+def test_tls_with_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    with scripted(Script(), server_credentials(authority, "127.0.0.1")) as target:
+        assert command(capsys, "generate", "hi", "--target", target, "--ca", str(tmp_path / "ca.pem")).stdout == "aa\n"
+        found = command(capsys, "generate", "hi", "--target", target, "--ca", str(tmp_path / "none.pem"))
+    assert (found.exit_code, found.stderr.startswith("error: --ca is ")) == (2, True)
+
+
+def test_one_of_several_targets_answers(capsys: pytest.CaptureFixture[str], start_server: Start) -> None:
+    targets = [f"127.0.0.1:{free_port()}", start_server(FakeEngine()).target]
+    found = command(capsys, "generate", "hi", *(part for target in targets for part in ("--target", target)), "--max-new-tokens", "8")
+    assert (found.exit_code, found.stdout) == (0, "ab!\n")
 
 
 def test_json_is_one_object(invoke: Invoke) -> None:
@@ -116,6 +196,13 @@ def test_json_has_log_probs_without_neighbors(invoke: Invoke) -> None:
         (["--k", "100"], "--k"),
         (["--no-retrieval", "--k", "2"], "--no-retrieval"),
         (["--seed", str(2**70)], "--seed"),
+        (["--datastore", "main=much"], "--datastore"),
+        (["--datastore", "main=-1"], "--datastore"),
+        (["--datastore", "main", "--datastore", "main"], "--datastore"),
+        (["--bad-word", ""], "--bad-word"),
+        (["--samples", "9"], "--samples"),
+        (["--samples", "2", "--best-of", "1"], "--best-of"),
+        (["--token-file", "no-such-file"], "--token-file"),
     ],
 )
 def test_a_refused_option_is_bad_usage(invoke: Invoke, args: list[str], said: str) -> None:

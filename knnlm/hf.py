@@ -1,0 +1,96 @@
+"""A kNN language model as a Hugging Face model: ``generate``, ``pipeline`` and whatever else takes a causal LM run on it.
+
+::
+
+    model = KNNLMForCausalLM.from_store("store/")
+    model.generate(**model.tokenizer("The try statement", return_tensors="pt"), max_new_tokens=32, num_beams=4)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from knnlm.errors import InvalidInput
+from knnlm.mixture import Mixture
+from knnlm.opening import OpenedKNNLM, open_store
+
+
+class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """The mixture of a base LM and its datastore, as a causal LM of Hugging Face transformers. For inference alone.
+
+    Its logits are normalised log-probabilities of the mixture, so penalties of ``generate`` work on these, as the
+    server's do (``docs/definition.md``, Sampling); with ``labels`` its loss is the mixture's. ``mixture``: None takes the
+    datastore's. ``tokenizer`` is the Hugging Face tokenizer of the base LM.
+    """
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, opened: OpenedKNNLM, mixture: Mixture | None = None) -> None:
+        super().__init__(opened.model.config)
+        self.opened, self.mixture = opened, (mixture or opened.knn_lm.mixture).validate()
+        self.base = opened.model.hf_model
+        self.tokenizer = opened.model.raw_tokenizer
+        self.generation_config = self.base.generation_config
+
+    @classmethod
+    def from_store(cls, store: str | Path, *, mixture: Mixture | None = None, **options: Any) -> Self:
+        """Open the datastore at ``store`` with its model; ``options`` and errors are those of :func:`knnlm.open_store`."""
+        return cls(open_store(store, **options), mixture)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base LM's tensors live."""
+        return torch.device(self.base.device)
+
+    def get_input_embeddings(self) -> Any:
+        """Those of the base LM."""
+        return self.base.get_input_embeddings()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Log-probabilities of the mixture as ``logits`` [batch, columns, vocabulary]; arguments are those of the base LM.
+
+        ``logits_to_keep``: the last so many columns, or their numbers (0: all). Raises :class:`InvalidInput` without
+        ``input_ids``: there is no key for embeddings that stand for no token.
+        """
+        if input_ids is None:
+            raise InvalidInput("input_ids", "must be given; inputs_embeds can't be used.")
+        options = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        out, keys = self.opened.model.run(input_ids=input_ids, logits_to_keep=logits_to_keep, **given, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        queries = keys[:, kept] if not isinstance(kept, int) else keys
+        log_probs = self._mix(out.logits, queries)
+        loss = None if labels is None else self.loss_function(logits=log_probs, labels=labels, vocab_size=log_probs.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, past_key_values=out.past_key_values)
+
+    def _mix(self, logits: Tensor, queries: Tensor) -> Tensor:
+        """Log-probabilities of the mixture for logits [batch, columns, vocabulary] and queries [batch, columns, dimension]."""
+        lm = logits.float().log_softmax(-1).flatten(0, 1).cpu()
+        mixed = self.opened.knn_lm.mix_all(lm, queries.flatten(0, 1).float().cpu(), self.mixture)
+        return mixed.log_probs.view(logits.shape).to(logits.device)
