@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from knnlm.datastore_mix import retrieve_union
 from knnlm.knn_lm import KNNLanguageModel, Mixed, mix_neighbors
 from knnlm.model import HFLanguageModel
+from knnlm.thread_pools import size_thread_pools
 from knnlm.tokenization import TextTokenizer
 from knnlm_server.completion import Completion
 from knnlm_server.datastores import Datastores
@@ -109,7 +111,8 @@ class DecodingEngine:
 
     ``step_tokens``: tokens that one step reads at most; longer prompts take several steps. ``prefix_bytes``: for beginnings
     of prompts that are kept for others that share them (0: none are), in blocks of ``block_tokens``. ``observer`` is told
-    of each step. ``clock``: seconds in which requests say when they arrived.
+    of each step. ``overlap``: search for one half of the decoding rows while the other half runs through the model, with the
+    same results. ``clock``: seconds in which requests say when they arrived.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class DecodingEngine:
         *,
         prefix_bytes: int = PREFIX_BYTES,
         block_tokens: int = BLOCK_TOKENS,
+        overlap: bool = False,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -129,6 +133,7 @@ class DecodingEngine:
         self._prefix_bytes, self._block_tokens = prefix_bytes, block_tokens
         self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
         self._observer_failed = False
+        self._worker = ThreadPoolExecutor(1, "knnlm-search", size_thread_pools, (torch.get_num_threads(),)) if overlap else None
         self._eos_ids = model.eos_ids
         self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
         self._scorings = Scorings()
@@ -181,14 +186,33 @@ class DecodingEngine:
             outputs = self._end_expired()
             groups = self._scheduler.schedule()
             self._tell_admissions(groups)
-            parts = [part for group in groups if (part := self._forward(group)) is not None]
-            if parts:
-                outputs += self._next_tokens(_Ready.join(parts))
+            outputs += self._overlapped(groups) if self._worker is not None else self._one_by_one(groups)
             # Last, since what a step has in hand is lost if decoding breaks; scoring fails for its own request alone.
             with self._meter.measure("score"):
                 scored = self._scorings.step()
         self._tell_step()
         return outputs if scored is None else [*outputs, Output(*scored)]
+
+    def _one_by_one(self, groups: list[RowGroup[Completion | Lookup]]) -> list[Output]:
+        """All forward passes, then one search for all rows that are ready."""
+        parts = [part for group in groups if (part := self._forward(group)) is not None]
+        if not parts:
+            return []
+        ready = _Ready.join(parts)
+        return self._next_tokens(ready, lambda: self._mix(ready))
+
+    def _overlapped(self, groups: list[RowGroup[Completion | Lookup]]) -> list[Output]:
+        """Search for the rows of one forward pass while the next one runs; decoding rows come in two halves."""
+        assert self._worker is not None
+        parts = [part for group in groups for half in group.halves() if (part := self._forward_and_search(half)) is not None]
+        return [output for ready, mixing in parts for output in self._next_tokens(ready, mixing.result)]
+
+    def _forward_and_search(
+        self, group: RowGroup[Completion | Lookup]
+    ) -> tuple[_Ready[Completion | Lookup], Future[tuple[Tensor, Mixed]]] | None:
+        assert self._worker is not None
+        ready = self._forward(group)
+        return None if ready is None else (ready, self._worker.submit(self._mix, ready))
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up all requests after ``error`` broke a step as a whole, and begin anew with an empty cache."""
@@ -296,11 +320,11 @@ class DecodingEngine:
             lm = ready.logits.log_softmax(-1)
             return lm, mix_neighbors(lm, neighbors, temperature=temperature, weight=weight)
 
-    def _next_tokens(self, ready: _Ready[Completion | Lookup]) -> list[Output]:
-        """A token for each completion that is ready, and its neighbours for each lookup."""
+    def _next_tokens(self, ready: _Ready[Completion | Lookup], mix: Callable[[], tuple[Tensor, Mixed]]) -> list[Output]:
+        """A token for each completion that is ready, and its neighbours for each lookup; ``mix`` gives their distributions."""
         outputs: list[Output] = []
         try:
-            lm, mixed = self._mix(ready)
+            lm, mixed = mix()
         except Exception:  # whose retrieval fails is seen row by row: it ends those requests alone
             outputs, good = self._without_failing(ready)
             if not good.sequences:

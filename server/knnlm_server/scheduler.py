@@ -88,6 +88,16 @@ class RowGroup(Generic[S]):
     sequences: list[S]
     counts: list[int]
 
+    def halves(self) -> list[RowGroup[S]]:
+        """Decoding rows in two groups; prompts, and a row alone, as they are."""
+        middle = len(self.sequences) // 2
+        if middle == 0 or not all(sequence.generated for sequence in self.sequences):
+            return [self]
+        return [
+            RowGroup(self.start, self.sequences[:middle], self.counts[:middle]),
+            RowGroup(self.start + middle, self.sequences[middle:], self.counts[middle:]),
+        ]
+
 
 class Scheduler(Generic[S]):
     """Admits sequences by arrival and says which rows bring how many tokens in the next step."""

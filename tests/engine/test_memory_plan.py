@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,7 +24,7 @@ def test_a_plan_keeps_to_its_budget_and_to_what_was_asked_for(
     free: int, budget: int | None, slots: int | None, context: int | None, prefix_bytes: int | None
 ) -> None:
     most = COSTS.weight_bytes + (free // 2 if budget is None else budget - COSTS.weight_bytes)
-    given = {"budget": budget, "slots": slots, "context": context, "prefix_bytes": prefix_bytes}
+    given: dict[str, Any] = {"budget": budget, "slots": slots, "context": context, "prefix_bytes": prefix_bytes}
     smallest = MemoryPlan(COSTS, most, slots or 1, context or 256, prefix_bytes or 0)
     if not smallest.fits or (budget is not None and budget > COSTS.weight_bytes + free):
         with pytest.raises(InvalidInput, match="memory: is"):
