@@ -198,12 +198,11 @@ class HFLanguageModel:
         return min(windows) if windows else None
 
     def attention_mask(self, visible: Tensor) -> Tensor:
-        """The 4-D mask that this model's attention takes, from ``visible`` [batch, 1, new, length] bool.
+        """The 4-D mask that this model's attention adds to its scores, from ``visible`` [batch, 1, new, length] bool.
 
-        SDPA takes booleans; eager attention adds the mask to its scores, where a boolean would be silently wrong.
+        Eager attention adds a boolean too, which would be silently wrong; SDPA is faster with what it need not convert in
+        each layer.
         """
-        if self.attention == "sdpa":
-            return visible
         return torch.zeros(visible.shape, dtype=self._model.dtype, device=visible.device).masked_fill_(
             ~visible, torch.finfo(self._model.dtype).min
         )

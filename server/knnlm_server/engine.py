@@ -129,6 +129,7 @@ class DecodingEngine:
         self._prefix_bytes, self._block_tokens = prefix_bytes, block_tokens
         self._observer, self._clock, self._meter = observer or Unobserved(), clock, StepMeter()
         self._observer_failed = False
+        self._eos_ids = model.eos_ids
         self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
         self._scorings = Scorings()
         self._reporter = TokenReporter(tokenizer, datastores.numbered)
@@ -263,27 +264,24 @@ class DecodingEngine:
             return self._run(group)
 
     def _run(self, group: RowGroup[Completion | Lookup]) -> _Ready[Completion | Lookup] | None:
-        device = self._model.device
-        starts = torch.tensor([s.computed for s in group.sequences])
-        counts = torch.tensor(group.counts)
-        widest = max(group.counts)
-        tokens = torch.zeros((len(counts), widest), dtype=torch.int64)
-        for row, (sequence, count) in enumerate(zip(group.sequences, group.counts, strict=True)):
-            tokens[row, :count] = torch.tensor(sequence.tokens[sequence.computed : sequence.computed + count])
-        positions, mask = self._cache.place(group.start, starts.to(device), counts.to(device))
-        ready = [row for row, s in enumerate(group.sequences) if s.remaining == group.counts[row]]
-        columns = torch.unique(counts[ready] - 1)
+        device, sequences, counts, widest = self._model.device, list(group.sequences), group.counts, max(group.counts)
+        starts = torch.tensor([sequence.computed for sequence in sequences])
+        positions, mask = self._cache.place(group.start, starts.to(device), torch.tensor(counts).to(device))
+        # Rows with fewer tokens than the widest are filled up with any.
+        new = [s.tokens[s.computed : s.computed + count] + [0] * (widest - count) for s, count in zip(sequences, counts, strict=True)]
+        ready = [row for row, sequence in enumerate(sequences) if sequence.remaining == counts[row]]
+        columns = sorted({counts[row] - 1 for row in ready})
         out = self._model.forward(
-            tokens.to(device), logits=bool(ready), columns=columns.to(device), positions=positions,
+            torch.tensor(new).to(device), logits=bool(ready), columns=torch.tensor(columns, device=device), positions=positions,
             attention_mask=self._model.attention_mask(mask), cache=self._cache,
         )  # fmt: skip
-        sequences = list(group.sequences)
         self._scheduler.computed(group)
         if out.logits is None:
             return None
-        rows, last = torch.tensor(ready), counts[ready] - 1
-        logits = out.logits[rows.to(device), torch.searchsorted(columns, last).to(device)]
-        keys = out.keys[rows.to(device), last.to(device)]
+        if widest == 1 and len(ready) == len(sequences):
+            return _Ready(sequences, out.logits[:, 0].float().cpu(), out.keys[:, 0].float().cpu())
+        last = [counts[row] - 1 for row in ready]
+        logits, keys = out.logits[ready, [columns.index(column) for column in last]], out.keys[ready, last]
         return _Ready([sequences[row] for row in ready], logits.float().cpu(), keys.float().cpu())
 
     def _mix(self, ready: _Ready[Completion | Lookup]) -> tuple[Tensor, Mixed]:
@@ -353,7 +351,7 @@ class DecodingEngine:
 
     def _next_token(self, row: int, completion: Completion, drawn: _Drawn, lm: Tensor, mixed: Mixed) -> list[Output]:
         token = _said(drawn.token)
-        text, reason = completion.take(token, self._model.eos_ids)
+        text, reason = completion.take(token, self._eos_ids)
         if completion.request.mean_log_prob:
             completion.log_prob_sum += float(mixed.log_probs[row, token])
         if completion.evidence is not None:
@@ -365,7 +363,7 @@ class DecodingEngine:
 
     def _draw(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[_Drawn]:
         """The next token of each row."""
-        rows = [completion.next_draw(self._model.eos_ids) for completion in ready.sequences]
+        rows = [completion.next_draw(self._eos_ids) for completion in ready.sequences]
         drawn = draw_rows(mixed.log_probs, lm, rows)
         # What would have been without retrieval is a question of those alone that asked and searched.
         asked = [row for row, c in enumerate(ready.sequences) if c.evidence is not None and c.request.retrieval.weight > 0]

@@ -7,7 +7,6 @@ row's length there are zeros, never leftovers: a NaN behind the mask would still
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +17,24 @@ from knnlm_server.prefix_blocks import BLOCK_TOKENS
 from knnlm_server.prefix_cache import PrefixCache
 
 
-@dataclass
 class _Placement:
-    """Where the tokens of the forward pass that runs now belong: rows [start, stop), positions [rows, new tokens]."""
+    """Where the tokens of the forward pass that runs now belong.
 
-    start: int
-    stop: int
-    positions: Tensor
-    length: int
+    Rows [start, stop) of a cache of so many ``columns``, at ``positions`` [rows, new tokens]; ``length`` of them are read.
+    """
+
+    def __init__(self, start: int, stop: int, length: int, columns: int, positions: Tensor) -> None:
+        self.start, self.stop, self.length = start, stop, length
+        self._rows = torch.arange(start, stop, device=positions.device)[:, None, None]
+        self._columns, self._positions = columns, positions[:, None]
+        self._cells: dict[int, Tensor] = {}
+
+    def cells(self, heads: int) -> Tensor:
+        """Where each head of each new token belongs [rows · heads · new tokens] in a layer's [slots · heads · columns]."""
+        if heads not in self._cells:
+            each = torch.arange(heads, device=self._rows.device)[:, None]
+            self._cells[heads] = ((self._rows * heads + each) * self._columns + self._positions).flatten()
+        return self._cells[heads]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -49,9 +58,9 @@ class _SlotLayer(CacheLayerMixin):
 
     def _write(self, store: Tensor | None, states: Tensor, placement: _Placement) -> Tensor:
         assert store is not None
-        rows = store[placement.start : placement.stop]
-        rows[torch.arange(len(rows), device=rows.device)[:, None], :, placement.positions] = states.transpose(1, 2)
-        return rows[:, :, : placement.length]
+        # One flat index of whole vectors is several times faster than an index of rows and positions.
+        store.view(-1, store.shape[3]).index_copy_(0, placement.cells(store.shape[1]), states.reshape(-1, store.shape[3]))
+        return store[placement.start : placement.stop, :, : placement.length]
 
     def get_seq_length(self) -> int:
         return 0
@@ -76,7 +85,7 @@ class SlotCache(Cache):
         self._prefixes = PrefixCache(prefix_bytes, block_tokens)
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
-        self.placement = _Placement(0, 0, torch.zeros((0, 0), dtype=torch.int64), 0)
+        self.placement = _Placement(0, 0, 0, capacity + 1, torch.zeros((0, 0), dtype=torch.int64))
 
     def place(self, start: int, starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare a forward pass over rows [start, start + n): row i brings ``counts[i]`` tokens from ``starts[i]`` on.
@@ -90,7 +99,8 @@ class SlotCache(Cache):
         real = offsets < counts[:, None]
         positions = starts[:, None] + torch.minimum(offsets, counts[:, None] - 1)
         length = int((starts + counts).max())
-        self.placement = _Placement(start, start + len(starts), torch.where(real, positions, self.capacity), length)
+        written = torch.where(real, positions, self.capacity)
+        self.placement = _Placement(start, start + len(starts), length, self.capacity + 1, written)
         mask = torch.arange(length, device=starts.device) <= positions[:, None, :, None]
         return positions, mask
 

@@ -19,6 +19,7 @@ from knnlm.model import HFLanguageModel
 from knnlm.opening import SearchableStore
 from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
+from knnlm_server.completion import Completion
 from knnlm_server.datastores import Datastores
 from knnlm_server.engine import DecodingEngine, Output, _Ready
 from knnlm_server.errors import EngineFailed
@@ -128,11 +129,11 @@ class RecordingEngine(DecodingEngine):
         self.observed = Observed()
         super().__init__(*args, **{"observer": self.observed, **options})
 
-    def _choose(self, ready: _Ready, lm: Tensor, mixed: Mixed) -> list[int | Exception]:
+    def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
         self.rows_of_steps.append(len(ready.sequences))
         for sequence, key in zip(ready.sequences, ready.keys, strict=True):
             self.keys[sample_name(sequence.request_id, sequence.sample)].append(key)
-        return super()._choose(ready, lm, mixed)
+        return super()._hand_out(ready, lm, mixed)
 
 
 def sample_name(request_id: str, sample: int) -> str:

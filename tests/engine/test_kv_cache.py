@@ -139,7 +139,7 @@ def test_moving_rows_of_an_unused_cache_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("path", ["tiny_gpt2_path", "tiny_llama_path"])
-def test_the_float_mask_of_eager_attention_equals_the_boolean_mask_of_sdpa(path: str, request: pytest.FixtureRequest) -> None:
+def test_the_mask_is_added_in_eager_attention_and_in_sdpa(path: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(path)
     texts = [random_prompt(13, 20), random_prompt(6, 21)]
     results = {}
@@ -147,7 +147,7 @@ def test_the_float_mask_of_eager_attention_equals_the_boolean_mask_of_sdpa(path:
         model = HFLanguageModel.load(folder, dtype="float64", attention=attention)
         assert model.attention == attention
         visible = torch.tensor([[[[True, False]]]])
-        assert model.attention_mask(visible).dtype == (torch.bool if attention == "sdpa" else torch.float64)
+        assert model.attention_mask(visible).tolist() == [[[[0.0, torch.finfo(torch.float64).min]]]]
         cache = SlotCache(model.layers, 2, CAPACITY)
         read(model, cache, 0, [(texts[0][:9], 0), (texts[1][:3], 0)])
         results[attention] = read(model, cache, 0, [(texts[0][9:], 9), (texts[1][3:], 3)])

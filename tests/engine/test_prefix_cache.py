@@ -123,7 +123,7 @@ def test_samples_of_a_request_read_its_prompt_once(gpt2: Parts) -> None:
     (asked,) = shared_requests(1, samples=4)
     engine = sharing_engine(gpt2)
     answers = complete(engine, asked)
-    assert engine.observed.prompt_tokens == 27 + 3 * 11
+    assert engine.observed.prompt_tokens == 27 + 3 * (27 - 24), "its last token is in no full block"
     assert engine.observed.reused == {"r0": 0}, "a request is told of once"
     assert {tuple(answer.tokens) for answer in answers.values()} == {tuple(answers["r0"].tokens)}, "greedy samples are the same"
 
