@@ -186,6 +186,12 @@ class HFLanguageModel:
         return int(self.config.num_hidden_layers)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights and buffers in memory; what two modules share counts once."""
+        tensors = {t.data_ptr(): t for t in (*self._model.parameters(), *self._model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
     def attention_window(self) -> int | None:
         """Tokens that the most short-sighted layers look back; None if all of them see the whole text."""
         local = getattr(self.config, "window_size", None) if "local" in getattr(self.config, "attention_layers", ()) else None

@@ -76,18 +76,27 @@ def messages(draw: Any, kind: Any) -> Any:
 
 @st.composite
 def likely_requests(draw: Any, kind: Any) -> Any:
-    """A message of which little is wrong: only one of its parts is drawn freely, so that it gets beyond the first check."""
+    """A message of which little is wrong, so that it gets beyond the first check: two of its fields are drawn freely."""
     message = kind()
-    fields = kind.DESCRIPTOR.fields_by_name
-    for name in ("prompt", "input", "context"):
-        if name in fields:
-            getattr(message, name).text = draw(st.sampled_from(["a", "once upon a time", "é" * 8]))
-    if "options" in fields:
-        options = message.options
-        options.stopping.max_new_tokens = draw(st.integers(1, 4))
-        _set(draw, options, draw(st.sampled_from(list(options.DESCRIPTOR.fields))))
-        return message
-    return draw(st.just(message) | messages(kind))
+    for name in {"prompt", "input", "context"} & set(kind.DESCRIPTOR.fields_by_name):
+        getattr(message, name).text = draw(st.sampled_from(["ab", "once upon a time", "é" * 8]))
+    if "options" in kind.DESCRIPTOR.fields_by_name:
+        message.options.stopping.max_new_tokens = draw(st.integers(1, 4))
+    for _ in range(2):
+        _set_one(draw, message)
+    return message
+
+
+def _set_one(draw: Any, message: Any) -> None:
+    """Set one field, however deep it lies."""
+    fields = [field for field in message.DESCRIPTOR.fields if field.name not in ("prompt", "input", "context")]
+    if not fields:
+        return
+    field = draw(st.sampled_from(fields))
+    if field.message_type is None or field.is_repeated:
+        _set(draw, message, field)
+    else:
+        _set_one(draw, getattr(message, field.name))
 
 
 def _set(draw: Any, message: Any, field: Any) -> None:

@@ -24,6 +24,7 @@ from knnlm.tokenization import TextTokenizer
 from knnlm_server.datastores import Datastores, StoreOptions
 from knnlm_server.engine import DecodingEngine, Output
 from knnlm_server.errors import EngineFailed, ReadTooSlowly, ShuttingDown
+from knnlm_server.memory_plan import SHARE, free_memory, measured_costs, plan_memory
 from knnlm_server.scheduler import STEP_TOKENS
 from knnlm_server.sequence import (
     FinishEvent,
@@ -308,8 +309,10 @@ def build_async_engine(
     model: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    max_concurrent: int = 8,
+    max_concurrent: int | None = None,
     context: int | None = None,
+    memory_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
     limits: Mapping[str, Any] | None = None,
     step_tokens: int = STEP_TOKENS,
     weight: float | None = None,
@@ -324,8 +327,10 @@ def build_async_engine(
 ) -> AsyncEngine:
     """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
 
-    ``context``: most tokens of prompt and completion (None: the model's context). ``limits``: other fields of :class:`Limits`
-    by name. ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
+    ``context``: most tokens of prompt and completion (None: the model's context, as far as it fits). ``max_concurrent``: None
+    for as many as fit. ``memory_bytes`` and ``prefix_cache_bytes``: see :func:`~knnlm_server.memory_plan.plan_memory`.
+    ``limits``: other fields of :class:`Limits` by name.
+    ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
     ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
     of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
     errors of :mod:`knnlm.errors`.
@@ -341,7 +346,13 @@ def build_async_engine(
         path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
         k=k, temperature=knn_temperature, weight=weight,
     )  # fmt: skip
-    made = Limits(**{**(limits or {}), "context": _context(opened.model, context), "max_concurrent": max_concurrent})
+    plan = plan_memory(
+        measured_costs(opened.model), free_memory(opened.model.device), SHARE[opened.model.device.type], budget=memory_bytes,
+        slots=max_concurrent, context=_context(opened.model, context), prefix_bytes=prefix_cache_bytes, step_tokens=step_tokens,
+    )  # fmt: skip
+    for line in plan.describe():
+        logger.info("%s", line)
+    made = Limits(**{**(limits or {}), "context": plan.context, "max_concurrent": plan.slots})
     if not allow_unproven:
         check_servable(opened.model, made.context)
     options = StoreOptions(device, k, knn_temperature, weight, verify)
@@ -350,14 +361,18 @@ def build_async_engine(
     for other, its_path in others:
         datastores.load(other, its_path)
     facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
+    facts |= {"memory": str(plan.needed), "prefix_cache": str(plan.prefix_bytes)}
     info = _info(opened, made, {**facts, **(settings or {})})
-    return AsyncEngine(opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer)
+    return AsyncEngine(
+        opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer,
+        prefix_bytes=plan.prefix_bytes,
+    )  # fmt: skip
 
 
-def _context(model: HFLanguageModel, context: int | None) -> int:
+def _context(model: HFLanguageModel, context: int | None) -> int | None:
     if context is not None and context > model.context:
         raise InvalidInput("max_context", f"is {context}, but the model's context is {model.context} tokens.")
-    return context or model.context
+    return context
 
 
 def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> ServerInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from knnlm.distribution import log_weights
 from knnlm.neighbors import Neighbors
 from knnlm_server.sequence import CompletionEvidence, DocumentWeight, VerbatimRun
 from knnlm_server.verbatim_runs import Ints, Run, VerbatimRuns
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class NamedStore(Protocol):
@@ -63,17 +61,20 @@ class EvidenceCollector:
 
     def _count(self, token: int, found: Neighbors, temperature: float, share: float) -> dict[int, Ints]:
         """Give documents their parts of ``share``; returns the entries that voted for ``token``, by number of datastore."""
-        voted = found.tokens[0] == token
-        entries = found.ids[0][voted].numpy()
-        numbers = np.zeros_like(entries) if found.stores is None else found.stores[0][voted].numpy()
-        parts = share * _normalized(log_weights(found, temperature)[0][voted].numpy())
-        voters = {int(number): entries[numbers == number] for number in np.unique(numbers)}
-        for number, mine in voters.items():
+        voters = found.each(lambda part: part[:, found.tokens[0] == token])
+        if voters.ids.numel() == 0:
+            return {}
+        entries = voters.ids[0].numpy()
+        numbers = np.zeros_like(entries) if voters.stores is None else voters.stores[0].numpy()
+        # Of voters alone, so these are their shares among themselves.
+        parts = share * log_weights(voters, temperature)[0].exp().numpy()
+        voted = {number: entries[numbers == number] for number in np.unique(numbers).tolist()}
+        for number, mine in voted.items():
             documents, which = np.unique(self._stores[number].store.documents.of_entries(mine), return_inverse=True)
             weights = np.bincount(which, weights=parts[numbers == number])
             for document, weight in zip(documents.tolist(), weights.tolist(), strict=True):
                 self._weights[number, document] += weight
-        return voters
+        return voted
 
     def _documents(self) -> tuple[DocumentWeight, ...]:
         """The heaviest ones; of equal ones in the order of datastores and documents."""
@@ -107,14 +108,6 @@ class EvidenceCollector:
             character_end=last,
             line=None if first is None else document.line_of(first),
         )
-
-
-def _normalized(log_weights_of_voters: Floats) -> Floats:
-    """Their shares among themselves; equal ones where all are too small for a number."""
-    if len(log_weights_of_voters) == 0 or np.isneginf(log_weights_of_voters.max()):
-        return np.full(len(log_weights_of_voters), 1 / max(1, len(log_weights_of_voters)))
-    raised = np.exp(log_weights_of_voters - log_weights_of_voters.max())
-    return np.asarray(raised / raised.sum())
 
 
 def _characters(store: Datastore, run: Run) -> tuple[int, int] | None:

@@ -340,7 +340,7 @@ class DecodingEngine:
 
     def _hand_out(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[Output]:
         outputs: list[Output] = []
-        for row, (completion, drawn) in enumerate(zip(ready.sequences, self._draw(ready, lm, mixed), strict=True)):
+        for row, (completion, drawn) in enumerate(zip(ready.sequences, self._choose(ready, lm, mixed), strict=True)):
             if completion not in self._requests.get(completion.request_id, ()):
                 continue  # another sample of its request failed in this step
             try:
@@ -361,7 +361,7 @@ class DecodingEngine:
         event = Output(completion.request_id, self._event(row, completion, token, text, lm, mixed))
         return [event] if reason is None else [event, *self._end(completion, reason)]
 
-    def _draw(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[_Drawn]:
+    def _choose(self, ready: _Ready[Completion], lm: Tensor, mixed: Mixed) -> list[_Drawn]:
         """The next token of each row."""
         rows = [completion.next_draw(self._eos_ids) for completion in ready.sequences]
         drawn = draw_rows(mixed.log_probs, lm, rows)

@@ -104,6 +104,11 @@ class SlotCache(Cache):
         mask = torch.arange(length, device=starts.device) <= positions[:, None, :, None]
         return positions, mask
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers; 0 before the first forward pass."""
+        return sum(store[0, :, 0].numel() * store.element_size() for store in self._stores())
+
     @torch.inference_mode()
     def swap(self, first: int, second: int, length: int) -> None:
         """Exchange two rows; neither holds more than ``length`` tokens."""

@@ -86,14 +86,17 @@ def serve(
     no_reflection: Annotated[bool, typer.Option("--no-reflection", help="Don't describe the services to clients that ask.")] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory for the model, the cache and the datastores, such as 8GB.", show_default="what is there"),
+        typer.Option(
+            help="Memory for the model, its cache and its logits, such as 8GB.", show_default="half of what is free; 90% on a GPU"
+        ),
     ] = None,
     prefix_cache: Annotated[
         str | None,
         typer.Option(help="Memory for prompts' beginnings that are kept, such as 512MB; 0: none.", show_default="a part of --memory"),
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Completions that are made at the same time; others wait.", show_default="8")
+        int | None,
+        typer.Option(min=1, help="Completions that are made at the same time; others wait.", show_default="as many as fit, up to 32"),
     ] = None,
     max_context: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of prompt and completion.", show_default="the model's context")

@@ -25,6 +25,7 @@ from knnlm_server.sequence import CompletionEvidence
 from tests.stores import build, token_folder
 
 TEMPERATURE = 2.0
+SECOND_WEIGHT = 0.3
 MANY = 1000
 
 
@@ -73,10 +74,9 @@ def collect(
         neighbors = None
         if found.searched:
             numbers, entries, tokens, distances = ([[one[part] for one in found.neighbors]] for part in range(4))
-            neighbors = Neighbors(
-                torch.tensor(distances, dtype=torch.float32),
-                *(torch.tensor(part, dtype=torch.int64) for part in (tokens, entries, numbers)),
-            )
+            whole = [torch.tensor(part, dtype=torch.int64) for part in (tokens, entries, numbers)]
+            priors = whole[2].double() * math.log(SECOND_WEIGHT)
+            neighbors = Neighbors(torch.tensor(distances, dtype=torch.float32), whole[0], whole[1], whole[2], priors)
         collector.add(token, token + found.changed, neighbors, TEMPERATURE, found.share)
     return collector
 
@@ -165,7 +165,7 @@ def test_documents_have_their_parts_of_every_tokens_share(token_stores: list[Nam
     expected: dict[tuple[str, str], float] = {}
     for token, vote in zip(completion, votes, strict=True):
         voters = [one for one in vote.neighbors if one[2] == token]
-        raised = [math.exp(-one[3] / TEMPERATURE) for one in voters]
+        raised = [SECOND_WEIGHT ** one[0] * math.exp(-one[3] / TEMPERATURE) for one in voters]
         for one, part in zip(voters, raised, strict=True):
             named = token_stores[one[0]]
             key = named.name, named.store.documents[named.store.documents.of_entry(one[1])].id
@@ -186,17 +186,18 @@ def test_runs_that_ended_are_kept_by_document_when_they_become_many(token_stores
     assert [evidence(token_stores, *case) for case in cases] == expected
 
 
-def test_a_run_ends_with_its_document_though_the_next_one_goes_on_as_the_completion_does(token_stores: list[Named]) -> None:
+@pytest.mark.parametrize("document", [0, 1])
+def test_a_run_stays_in_its_document_though_completion_and_datastore_go_on_alike(token_stores: list[Named], document: int) -> None:
     store = token_stores[0].store
-    first, second = store.documents[0], store.documents[1]
-    completion = store.tokens.slice(0, first.tokens + second.tokens).tolist()
-    votes = [
-        Votes([(0, first.tokens - 2, completion[first.tokens - 1], 0.0)], 0.5) if i == first.tokens - 1 else Votes()
-        for i in range(len(completion))
-    ]
+    records = [store.documents[number] for number in range(2)]
+    completion = store.tokens.slice(0, records[0].tokens + records[1].tokens).tolist()
+    # The last token of the first document, or the second one of the second.
+    place = records[0].tokens - 1 if document == 0 else records[0].tokens + 1
+    votes = [Votes() for _ in completion]
+    votes[place] = Votes([(0, place - 1 - document, completion[place], 0.0)], 0.5)
     run = evidence(token_stores, completion, votes).verbatim
     assert run is not None
-    assert (run.start, run.tokens, run.document_id) == (0, first.tokens, first.id)
+    assert (run.start, run.tokens, run.document_id) == (records[document].token_start, records[document].tokens, records[document].id)
 
 
 def test_without_a_search_there_is_no_evidence(token_stores: list[Named]) -> None:

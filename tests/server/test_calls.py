@@ -171,7 +171,7 @@ def test_a_well_formed_id_of_the_client_is_taken(start_server: Start, channel_to
     engine = FakeEngine(failure=ZeroDivisionError())
     stub = GenerationServiceStub(channel_to(start_server(engine).target))
     _, call = stub.Generate.with_call(REQUEST, metadata=(("x-request-id", given),))
-    assert dict(call.initial_metadata())["x-request-id"] == given
+    assert dict(call.trailing_metadata())["x-request-id"] == given
     failing = pb.GenerateRequest(prompt=pb.Input(text="fail"), options=REQUEST.options)
     error = failure(lambda: stub.Generate(failing, metadata=(("x-request-id", given),)))
     assert details(error, error_details_pb2.RequestInfo).request_id == given
@@ -187,16 +187,17 @@ def test_a_well_formed_id_of_the_client_is_taken(start_server: Start, channel_to
 def test_an_odd_id_of_the_client_is_replaced(start_server: Start, channel_to: Any, given: str) -> None:
     stub = GenerationServiceStub(channel_to(start_server(FakeEngine()).target))
     _, call = stub.Generate.with_call(REQUEST, metadata=(("x-request-id", given),))
-    assert len(dict(call.initial_metadata())["x-request-id"]) == 32
+    assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
 
 
-def test_a_stream_has_its_id_before_its_first_token(start_server: Start, channel_to: Any) -> None:
-    engine = FakeEngine(hold_after=0)
-    call = GenerationServiceStub(channel_to(start_server(engine).target)).StreamGenerate(
+def test_a_stream_has_its_id_at_its_end(start_server: Start, channel_to: Any) -> None:
+    """Not before: gRPC tries a call again only as long as nothing of its response has come."""
+    call = GenerationServiceStub(channel_to(start_server(FakeEngine()).target)).StreamGenerate(
         pb.StreamGenerateRequest(prompt=REQUEST.prompt, options=REQUEST.options)
     )
-    assert len(dict(call.initial_metadata())["x-request-id"]) == 32
-    call.cancel()
+    assert len(list(call)) == 3
+    assert "x-request-id" not in dict(call.initial_metadata())
+    assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
 
 
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate", "Score", "GetServerInfo"])
