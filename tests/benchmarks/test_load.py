@@ -15,7 +15,7 @@ from knnlm.model import HFLanguageModel
 from tests.stores import build, environment, text_folder
 from tests.tiny import tiny_corpus
 
-SECONDS = "1.5"
+SECONDS = "1"
 
 
 @pytest.fixture(scope="module")
