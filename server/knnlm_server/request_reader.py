@@ -95,7 +95,9 @@ class RequestReader:
     def tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         """The token ids of a text as a prompt."""
         refuse_unknown(message)
-        return self._encode(message.text, "text")
+        tokens, limit = self._encode(message.text, "text"), self.info.limits.max_score_tokens
+        _require(len(tokens) <= limit, "text", f"has {_count(tokens, 'token')}, but at most {limit} are taken.")
+        return tokens
 
     def _samples(self, options: pb.GenerationOptions, stream: bool) -> tuple[int, int]:
         """How many completions are returned, and how many are generated for that."""

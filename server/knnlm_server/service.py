@@ -196,8 +196,9 @@ class GenerationService(GenerationServiceServicer):
             ) from error
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        text = self._engine.tokenizer.token_text
-        return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=i, text=text(i)) for i in self._reader.tokenize(request)])
+        tokens = self._reader.tokenize(request)
+        texts = {token: self._engine.tokenizer.token_text(token) for token in set(tokens)}
+        return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=token, text=texts[token]) for token in tokens])
 
     def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=self._engine.tokenizer.decode(self._reader.detokenize(request)))

@@ -217,6 +217,13 @@ def test_tokenize_refuses_text_that_is_too_long(stub_of: Any) -> None:
     assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "text"
 
 
+def test_tokenize_refuses_text_of_too_many_tokens(stub_of: Any) -> None:
+    assert len(stub_of(FakeEngine()).Tokenize(pb.TokenizeRequest(text="a" * 50)).tokens) == 50
+    with pytest.raises(grpc.RpcError, match="has 51 tokens, but at most 50 are taken") as caught:
+        stub_of(FakeEngine()).Tokenize(pb.TokenizeRequest(text="a" * 51))
+    assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "text"
+
+
 def test_detokenize_gives_the_text_without_special_tokens(stub_of: Any) -> None:
     assert stub_of(FakeEngine(bos=256)).Detokenize(pb.DetokenizeRequest(token_ids=[256, 104, 105])).text == "hi"
     assert stub_of(FakeEngine()).Detokenize(pb.DetokenizeRequest()).text == ""
