@@ -116,14 +116,15 @@ class GenerationService(GenerationServiceServicer):
     @_gated
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Whole completions."""
-        tokens: dict[int, list[TokenEvent]] = defaultdict(list)
+        tokens: dict[int, list[pb.GeneratedToken]] = defaultdict(list)
         ends: list[FinishEvent] = []
         async with aclosing(self._events(request)) as events:
             async for event in events:
                 if isinstance(event, FinishEvent):
                     ends.append(event)
                 else:
-                    tokens[event.sample].append(event)
+                    # At once: thousands with all details in one piece would hold up every other stream for seconds.
+                    tokens[event.sample].append(converters.token_message(event))
         chosen = best(ends, max(1, request.options.num_samples))
         return pb.GenerateResponse(
             completions=[converters.completion_message(tokens[end.sample], end) for end in chosen], prompt_tokens=ends[0].prompt_tokens
