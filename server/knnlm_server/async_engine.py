@@ -250,20 +250,21 @@ class AsyncEngine:
     def _obey(self, engine: DecodingEngine, settled: bool) -> bool:
         """Carry out all commands that wait (or wait for one where there is nothing to do); False at the end.
 
-        Where the last request was cancelled there is one step more, by which the observer learns that nothing runs.
+        Those that come meanwhile are left for the next time, so that no flood of them holds the steps up. Where the last
+        request was cancelled there is one step more, by which the observer learns that nothing runs.
         """
-        while True:
-            idle = engine.idle and settled
+        left = self._commands.qsize()
+        while (idle := engine.idle and settled) or left > 0:
             try:
-                command = self._commands.get(block=idle, timeout=SECONDS_BETWEEN_LOOKS)
+                command = self._commands.get(timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
-                if not idle:
-                    return True
                 self._look(engine)
                 continue
             if command is None:
                 return False
             command(engine)
+            left = self._commands.qsize() if idle else left - 1
+        return True
 
     def _look(self, engine: DecodingEngine) -> None:
         """Between requests too, since what is told of datastores is what was seen last."""

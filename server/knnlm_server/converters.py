@@ -5,6 +5,7 @@ The service and the client both use it; requests are read in ``request_reader.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -149,12 +150,12 @@ def _read_reason(value: pb.FinishReason) -> FinishReason:
     return FinishReason[pb.FinishReason.Name(value).removeprefix(_REASON_PREFIX)]
 
 
-def completion_message(tokens: list[TokenEvent], finish: FinishEvent) -> pb.Completion:
-    """The message of a whole completion from the events of its stream."""
+def completion_message(tokens: Sequence[pb.GeneratedToken], finish: FinishEvent) -> pb.Completion:
+    """The message of a whole completion from the messages of its tokens."""
     return pb.Completion(
         sample=finish.sample,
         text="".join(token.text for token in tokens) + finish.text,
-        tokens=[token_message(token) for token in tokens],
+        tokens=tokens,
         finish_reason=_REASON_PREFIX + finish.reason.name,
         completion_tokens=finish.completion_tokens,
         evidence=None if finish.evidence is None else _evidence_message(finish.evidence),

@@ -97,13 +97,8 @@ class Datastores:
 
     def load(self, name: str, path: Path, *, make_default: bool = False) -> DatastoreInfo:
         """See :meth:`~knnlm_server.engine_protocol.DatastoreAdmin.load`."""
-        if not DATASTORE_NAME.fullmatch(name):
-            raise InvalidInput(
-                "name", f"is {name!r}, but must be 1 to 64 letters, digits, -, _ and ., of which the first is a letter or digit."
-            )
         with self._changing:
-            if any(served.name == name for served in self._served):
-                raise DatastoreLoaded(f"A datastore {name!r} is loaded already; reload it, or choose another name.")
+            self._require_free(name)
             opened = self._open(name, path)
             self._serve((opened, *self._served) if make_default else (*self._served, opened))
         _log.info("the datastore %s is served: %d entries at %s", name, opened.info.entries, path)

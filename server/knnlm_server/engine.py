@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -137,7 +138,7 @@ class DecodingEngine:
         self._worker = ThreadPoolExecutor(1, "knnlm-search", size_thread_pools, (torch.get_num_threads(),)) if overlap else None
         self._eos_ids = model.eos_ids
         self._requests: dict[str, list[Completion | Lookup]] = {}  # of each request what has not ended
-        self._scorings = Scorings()
+        self._scorings = Scorings(limits)
         self._reporter = TokenReporter(tokenizer, datastores.numbered)
         self._start_over()
 
@@ -164,10 +165,10 @@ class DecodingEngine:
         self._requests[request_id] = list(sequences)
 
     def add_score(self, request: ScoreRequest) -> None:
-        """Queue a text to be scored; its windows take turns with decoding steps. Raises as :meth:`add` for its datastores."""
+        """Queue a text to be scored; its windows take turns with decoding steps. Raises as :meth:`add`."""
         stores = self._datastores.choose(request.retrieval)
         knn_lm = KNNLanguageModel(self._model, self._tokenizer, stores.mix)
-        self._scorings.add(request, knn_lm, self._datastores.windowing(request.retrieval))
+        self._scorings.add(request, knn_lm, self._datastores.windowing(request.retrieval), stores)
 
     def look(self) -> None:
         """Take over what was removed from datastores; every step does, so this is for the time between requests."""
@@ -314,8 +315,9 @@ class DecodingEngine:
         wanted = [sequence.request.retrieval for sequence in ready.sequences]
         temperature = torch.tensor([r.temperature for r in wanted], dtype=torch.float64)
         weight = torch.tensor([r.weight for r in wanted], dtype=torch.float64)
-        with self._meter.measure("retrieval"):
-            shares = shares_of([sequence.stores for sequence in ready.sequences])
+        shares = shares_of([sequence.stores for sequence in ready.sequences])
+        # A step without a search has no time of one.
+        with self._meter.measure("retrieval") if shares else nullcontext():
             neighbors = retrieve_union(ready.keys, torch.tensor([r.k for r in wanted]), shares)
         with self._meter.measure("mix"):
             lm = ready.logits.log_softmax(-1)

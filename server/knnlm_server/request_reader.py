@@ -95,7 +95,9 @@ class RequestReader:
     def tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         """The token ids of a text as a prompt."""
         refuse_unknown(message)
-        return self._encode(message.text, "text")
+        tokens, limit = self._encode(message.text, "text"), self.info.limits.max_score_tokens
+        _require(len(tokens) <= limit, "text", f"has {_count(tokens, 'token')}, but at most {limit} are taken.")
+        return tokens
 
     def _samples(self, options: pb.GenerationOptions, stream: bool) -> tuple[int, int]:
         """How many completions are returned, and how many are generated for that."""
@@ -132,14 +134,23 @@ class RequestReader:
     def _bad_word(self, message: pb.Input, path: str) -> list[tuple[int, ...]]:
         """Token sequences that spell it: text as it stands and after a space."""
         if message.WhichOneof("content") != "text":
-            return [self._tokens(message, path)[0]]
+            tokens, field = self._tokens(message, path)
+            self._check_spelling(tokens, field)
+            return [tokens]
         field = f"{path}.text"
         _require(message.text != "", field, "is empty.")
         self._check_size(message.text, field)
         spelled = [tuple(self.tokenizer.encode_plain(text)) for text in (message.text, f" {message.text}")]
         # A sequence of no tokens would forbid everything.
         _require(all(spelled), field, "has no tokens.")
+        for tokens in spelled:
+            self._check_spelling(tokens, field)
         return spelled
+
+    def _check_spelling(self, tokens: Sequence[int], field: str) -> None:
+        """Every bad word is looked at before every token, so none may be as long as a message."""
+        most = self.info.limits.context
+        _require(len(tokens) <= most, field, f"has {_count(tokens, 'token')}, but the context holds {most}.")
 
     def _prompt(self, message: pb.Input, max_new_tokens: int, truncate: bool) -> tuple[int, ...]:
         context = self.info.limits.context
@@ -209,7 +220,9 @@ class RequestReader:
                 f"{path}.stop_strings[{position}]",
                 f"has {_count(string, 'character')}, but must have from 1 to {limits.max_stop_string_characters}.",
             )
-        self._check_token_ids(stopping.stop_token_ids, f"{path}.stop_token_ids")
+        ids, most = stopping.stop_token_ids, limits.max_stop_token_ids
+        _require(len(ids) <= most, f"{path}.stop_token_ids", f"has {_count(ids, 'token')}, but at most {most} are taken.")
+        self._check_token_ids(ids, f"{path}.stop_token_ids")
         return replace(stopping, max_seconds=self._seconds(stopping.max_seconds, f"{path}.max_seconds"))
 
     def _seconds(self, seconds: float | None, path: str) -> float | None:

@@ -14,8 +14,9 @@ from knnlm.evaluation.scoring import ScoredBatch, score
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.windows import Windowing
-from knnlm_server.errors import EngineFailed
-from knnlm_server.sequence import ScoreRequest, ScoreResult
+from knnlm_server.errors import EngineFailed, QueueFull
+from knnlm_server.sequence import Limits, ScoreRequest, ScoreResult
+from knnlm_server.served_stores import ChosenStores
 
 SCORE_BATCH_TOKENS = 1024
 _SCORED = ("log_probs", "lm_log_probs", "knn_log_probs")
@@ -28,12 +29,14 @@ class _Scoring:
     request: ScoreRequest
     batches: Iterator[ScoredBatch]
     result: dict[str, Tensor]
+    stores: ChosenStores  # held until the end: what is removed from them is looked for as long as somebody does
 
 
 class Scorings:
     """Texts that wait to be scored. An error of one ends that one alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._waiting: deque[_Scoring] = deque()
 
     def __bool__(self) -> bool:
@@ -44,14 +47,21 @@ class Scorings:
         """Of all that wait."""
         return [scoring.request.request_id for scoring in self._waiting]
 
-    def add(self, request: ScoreRequest, knn_lm: KNNLanguageModel, windowing: Windowing) -> None:
-        """Queue a text; its windows are those in which ``windowing`` cuts a document."""
+    def add(self, request: ScoreRequest, knn_lm: KNNLanguageModel, windowing: Windowing, stores: ChosenStores) -> None:
+        """Queue a text; its windows are those in which ``windowing`` cuts a document, and ``stores`` its datastores.
+
+        Raises :class:`QueueFull` with the numbers where the texts beside it are too long already.
+        """
+        total = len(request.tokens) + sum(len(scoring.request.tokens) for scoring in self._waiting)
+        most = self._limits.max_waiting_tokens
+        if self._waiting and total > most:
+            raise QueueFull(f"{total} tokens would be waiting to be scored, the limit is {most}; try again later.")
         retrieval = request.retrieval
         mixture = Mixture(retrieval.k, retrieval.temperature, retrieval.weight)
         tokens = torch.tensor(request.tokens, dtype=torch.int32).numpy()
         batches = score(knn_lm, [tokens], windowing, mixture, batch_tokens=SCORE_BATCH_TOKENS)
         count = max(len(tokens) - 1, 0)
-        self._waiting.append(_Scoring(request, batches, {name: torch.empty(count) for name in _SCORED}))
+        self._waiting.append(_Scoring(request, batches, {name: torch.empty(count) for name in _SCORED}, stores))
 
     def cancel(self, request_id: str) -> None:
         """Forget a text; unknown ids are done already."""

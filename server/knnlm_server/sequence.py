@@ -267,6 +267,7 @@ class Limits:
     max_score_tokens: int = 1_000_000
     max_stop_strings: int = 16
     max_stop_string_characters: int = 1000
+    max_stop_token_ids: int = 1000
     max_text_bytes: int = 4_000_000
     max_samples: int = 8
     max_logit_biases: int = 1000

@@ -16,7 +16,8 @@ DEFAULT_NAME = "default"
 """Name of the datastore that is given without one."""
 
 _OWN_OPTIONS = {"context": "--max-context", "max_concurrent": "--max-concurrent"}
-_LARGEST = 2**32 - 1
+# What gRPC's own options hold.
+_LARGEST = 2**31 - 1
 
 
 def named_datastores(store: Path | None, given: Sequence[str]) -> dict[str, Path]:

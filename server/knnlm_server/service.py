@@ -116,14 +116,15 @@ class GenerationService(GenerationServiceServicer):
     @_gated
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Whole completions."""
-        tokens: dict[int, list[TokenEvent]] = defaultdict(list)
+        tokens: dict[int, list[pb.GeneratedToken]] = defaultdict(list)
         ends: list[FinishEvent] = []
         async with aclosing(self._events(request)) as events:
             async for event in events:
                 if isinstance(event, FinishEvent):
                     ends.append(event)
                 else:
-                    tokens[event.sample].append(event)
+                    # At once: thousands with all details in one piece would hold up every other stream for seconds.
+                    tokens[event.sample].append(converters.token_message(event))
         chosen = best(ends, max(1, request.options.num_samples))
         return pb.GenerateResponse(
             completions=[converters.completion_message(tokens[end.sample], end) for end in chosen], prompt_tokens=ends[0].prompt_tokens
@@ -196,8 +197,9 @@ class GenerationService(GenerationServiceServicer):
             ) from error
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        text = self._engine.tokenizer.token_text
-        return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=i, text=text(i)) for i in self._reader.tokenize(request)])
+        tokens = self._reader.tokenize(request)
+        texts = {token: self._engine.tokenizer.token_text(token) for token in set(tokens)}
+        return pb.TokenizeResponse(tokens=[pb.TokenizedToken(token_id=token, text=texts[token]) for token in tokens])
 
     def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=self._engine.tokenizer.decode(self._reader.detokenize(request)))

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 class WatchedFiles(Generic[Content]):
     """What ``read`` makes of some files, made again once one of them has changed. Safe to use from several threads.
 
-    ``read`` raises a :class:`KNNLMError` for content that can't be used: from the constructor it goes to the caller; later
+    ``read`` raises a :class:`KNNLMError` or OSError for content that can't be used: from the constructor it goes to the caller; later
     it is logged, once for each change, and what was read before stays in force.
     """
 
@@ -50,7 +50,7 @@ class WatchedFiles(Generic[Content]):
         names = ", ".join(map(str, self._paths))
         try:
             self._content = self._read()
-        except KNNLMError as error:
+        except (KNNLMError, OSError) as error:  # files may vanish between two looks at them
             _log.error("%s changed and can't be used, so what was read before stays in force: %s", names, error)
         else:
             _log.info("%s changed and was read again", names)

@@ -353,6 +353,24 @@ def test_should_the_thread_ever_end_nobody_waits_for_it(gpt2: Parts, start: Star
     assert [type(result) for result in run(ask_twice())] == [ShuttingDown, ShuttingDown]
 
 
+def test_a_flood_of_commands_does_not_hold_up_what_runs(gpt2: Parts, start: Start) -> None:
+    engine = start(gpt2)
+    flooding = threading.Event()
+
+    def another(_: object) -> None:
+        if not flooding.is_set():
+            engine.outer._commands.put(another)
+
+    async def one_that_ends() -> list[int]:
+        engine.outer._commands.put(another)
+        return await engine.generate(request("a", [5, 6], max_new_tokens=4, ignore_eos=True))
+
+    try:
+        assert len(run(one_that_ends())) == 4
+    finally:
+        flooding.set()
+
+
 def test_an_event_loop_that_closed_harms_nobody_else(gpt2: Parts, start: Start) -> None:
     # A model reads for one engine at a time, so what is expected is found before the other works.
     expected = complete(make_engine(gpt2), some_requests(1)[0])["0"].tokens

@@ -710,6 +710,16 @@ def test_scoring_and_decoding_take_turns(gpt2: Parts) -> None:
     assert order.count("token") == 12
 
 
+def test_texts_to_be_scored_wait_within_a_bound_of_tokens(gpt2: Parts) -> None:
+    engine = make_engine(gpt2, max_waiting_tokens=100)
+    engine.add_score(ScoreRequest("long", tuple(random_prompt(150, 5)), LM_ALONE))
+    with pytest.raises(QueueFull, match="152 tokens would be waiting to be scored, the limit is 100"):
+        engine.add_score(ScoreRequest("more", (5, 6), LM_ALONE))
+    assert set(drive(engine)) == {"long"}
+    engine.add_score(ScoreRequest("more", (5, 6), LM_ALONE))
+    assert set(drive(engine)) == {"more"}
+
+
 def test_a_text_that_can_not_be_scored_ends_its_own_request(gpt2: Parts) -> None:
     engine = make_engine(gpt2)
     engine.add_score(ScoreRequest("bad", (5, 10_000, 7), LM_ALONE))

@@ -158,6 +158,14 @@ def test_steps_are_reported_as_they_were(gpt2: Parts) -> None:
         assert 0 < sum(parts) <= report.seconds
 
 
+def test_a_step_without_a_search_has_no_time_of_one(gpt2: Parts) -> None:
+    engine = make_engine(gpt2)
+    complete(engine, request("plain", [5, 6], max_new_tokens=3, ignore_eos=True))
+    assert [report.retrieval_seconds for report in engine.observed.steps] == [0.0] * 3
+    complete(engine, request("searches", [5, 6], retrieval=MIXED, max_new_tokens=1, ignore_eos=True))
+    assert engine.observed.steps[-1].retrieval_seconds > 0
+
+
 def test_admissions_are_told_with_the_time_in_the_queue(gpt2: Parts) -> None:
     clock = SetClock()
     engine = make_engine(gpt2, options={"clock": clock}, max_concurrent=1)

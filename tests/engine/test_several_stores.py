@@ -307,6 +307,24 @@ def test_a_removed_document_vanishes_from_a_mix_and_its_place_is_filled(
         assert ("shrinking", gone) not in {(neighbor.datastore, neighbor.document_id) for neighbor in event.neighbors}
 
 
+def test_a_text_that_is_scored_loses_removed_documents_of_a_datastore_that_is_served_no_more(
+    gpt2: Parts, served: Datastores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_watch, "SECONDS_BETWEEN_LOOKS", 0.0)
+    store_of(gpt2.model, tmp_path / "going", 8, seed=7)
+    served.load("going", tmp_path / "going")
+    store = served.choose(mixing("going")).weights[0][0].store
+    engine = make_engine(gpt2, datastores=served)
+    engine.add_score(ScoreRequest("s", tuple(random_prompt(3000, 1)), mixing("going")))
+    assert engine.step() == []
+    served.unload("going")
+    remove_documents(tmp_path / "going", [store.documents[2].id])
+    assert engine.step() == []
+    assert store.is_removed(store.documents.entry_range(2)[0])
+    assert drive(engine)["s"].scores is not None
+    assert "going" not in {one.name for one in served.in_use()}
+
+
 def test_with_nothing_loaded_the_base_model_answers(gpt2: Parts) -> None:
     engine = make_engine(gpt2, datastores=Datastores(gpt2.model, gpt2.knn_lm.tokenizer))
     engine.add_score(ScoreRequest("s", tuple(random_prompt(30, 1)), LM_ALONE))

@@ -37,6 +37,7 @@ LIMITS = Limits(
     max_neighbors=4,
     max_score_tokens=50,
     max_stop_strings=2,
+    max_stop_token_ids=3,
     max_text_bytes=100,
     max_samples=4,
     max_logit_biases=3,

@@ -117,7 +117,7 @@ def test_finish_events_survive_the_wire(event: FinishEvent) -> None:
 
 @given(st.lists(tokens, max_size=2), finishes)
 def test_completions_survive_the_wire(pieces: list[TokenEvent], finish: FinishEvent) -> None:
-    wire = converters.completion_message(pieces, finish).SerializeToString()
+    wire = converters.completion_message([converters.token_message(piece) for piece in pieces], finish).SerializeToString()
     found, end = converters.read_completion(pb.Completion.FromString(wire), finish.prompt_tokens)
     assert found == pieces
     assert end == replace(finish, text="".join(piece.text for piece in pieces) + finish.text)
@@ -146,7 +146,7 @@ def test_server_info_survives_the_wire(seconds: float | None, datastores: tuple[
 
 def test_a_completion_is_its_pieces_and_what_was_held_back() -> None:
     pieces = [TokenEvent(0, 97, "a", "a", neighbors=(NEIGHBOR,)), TokenEvent(1, 98, "", "b")]
-    message = converters.completion_message(pieces, FinishEvent(FinishReason.EOS, "b", 3, 2))
+    message = converters.completion_message([converters.token_message(piece) for piece in pieces], FinishEvent(FinishReason.EOS, "b", 3, 2))
     assert (message.text, message.finish_reason, len(message.tokens)) == ("ab", pb.FINISH_REASON_EOS, 2)
 
 

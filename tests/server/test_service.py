@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from knnlm_server import converters
 from knnlm_server.errors import QueueFull
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
+from knnlm_server.sequence import TokenEvent
 from knnlm_server.service import SERVICE_NAME
 from tests.server.conftest import WAIT_SECONDS, RunningServer
 from tests.server.fake_engine import DEFAULT_RETRIEVAL, INFO, FakeEngine
@@ -141,6 +144,21 @@ def test_cancelling_a_unary_call_closes_the_engines_generator(stub_of: Any) -> N
     assert engine.closed.wait(WAIT_SECONDS)
 
 
+def test_messages_of_a_long_completion_are_made_as_its_tokens_come(stub_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = threading.Event(), converters.token_message
+
+    def told(event: TokenEvent) -> pb.GeneratedToken:
+        made.set()
+        return make(event)
+
+    monkeypatch.setattr(converters, "token_message", told)
+    engine = FakeEngine(["a", "b"], hold_after=1)
+    call = stub_of(engine).Generate.future(generate())
+    assert made.wait(WAIT_SECONDS), "nothing was made of the first token while the second one is waited for"
+    engine.release()
+    assert call.result(WAIT_SECONDS).completions[0].text == "ab!"
+
+
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
 def test_an_expired_deadline_closes_the_engines_generator(stub_of: Any, method: str) -> None:
     engine = FakeEngine(["a", "b"], hold_after=1)
@@ -214,6 +232,13 @@ def test_tokenize_gives_the_tokens_of_a_prompt(stub_of: Any) -> None:
 def test_tokenize_refuses_text_that_is_too_long(stub_of: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub_of(FakeEngine()).Tokenize(pb.TokenizeRequest(text="a" * 101))
+    assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "text"
+
+
+def test_tokenize_refuses_text_of_too_many_tokens(stub_of: Any) -> None:
+    assert len(stub_of(FakeEngine()).Tokenize(pb.TokenizeRequest(text="a" * 50)).tokens) == 50
+    with pytest.raises(grpc.RpcError, match="has 51 tokens, but at most 50 are taken") as caught:
+        stub_of(FakeEngine()).Tokenize(pb.TokenizeRequest(text="a" * 51))
     assert details(caught.value, error_details_pb2.BadRequest).field_violations[0].field == "text"
 
 
