@@ -215,6 +215,7 @@ def test_refused_fields_are_named(client: GenerationClient) -> None:
         ({"logit_bias": {-1: 1.0}}, "options.sampling.logit_bias"),
         ({"logit_bias": {1: "much"}}, "options.sampling.logit_bias"),
         ({"logit_bias": [(1, 1.0)]}, "options.sampling.logit_bias"),
+        ({"bad_words": "end"}, "options.sampling.bad_words"),
         ({"bad_words": ["a", [-1]]}, "options.sampling.bad_words[1].token_ids.ids"),
         ({"datastores": {"main": "much"}}, "options.retrieval.datastores[0].weight"),
         ({"datastores": ["main", "main"]}, "options.retrieval.datastores"),
