@@ -202,7 +202,7 @@ def test_json_has_log_probs_without_neighbors(invoke: Invoke) -> None:
         (["--bad-word", ""], "--bad-word"),
         (["--samples", "9"], "--samples"),
         (["--samples", "2", "--best-of", "1"], "--best-of"),
-        (["--token-file", "no-such-file"], "--token-file"),
+        (["--token-file", "no-such-file"], "--token-file is no-such-file, which can't be read: No such file or directory."),
     ],
 )
 def test_a_refused_option_is_bad_usage(invoke: Invoke, args: list[str], said: str) -> None:
