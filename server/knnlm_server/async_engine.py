@@ -315,6 +315,7 @@ def build_async_engine(
     prefix_cache_bytes: int | None = None,
     limits: Mapping[str, Any] | None = None,
     step_tokens: int = STEP_TOKENS,
+    overlap: bool = False,
     weight: float | None = None,
     k: int | None = None,
     knn_temperature: float | None = None,
@@ -329,7 +330,8 @@ def build_async_engine(
 
     ``context``: most tokens of prompt and completion (None: the model's context, as far as it fits). ``max_concurrent``: None
     for as many as fit. ``memory_bytes`` and ``prefix_cache_bytes``: see :func:`~knnlm_server.memory_plan.plan_memory`.
-    ``limits``: other fields of :class:`Limits` by name.
+    ``limits``: other fields of :class:`Limits` by name. ``step_tokens``, ``overlap``: see
+    :class:`~knnlm_server.engine.DecodingEngine`.
     ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
     ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
     of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
@@ -365,7 +367,7 @@ def build_async_engine(
     info = _info(opened, made, {**facts, **(settings or {})})
     return AsyncEngine(
         opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer,
-        prefix_bytes=plan.prefix_bytes,
+        prefix_bytes=plan.prefix_bytes, overlap=overlap,
     )  # fmt: skip
 
 

@@ -105,6 +105,9 @@ def serve(
     step_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens that one step of the engine reads.", show_default="the engine's")
     ] = None,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Search for one half of the completions while the model runs the other half.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that torch and FAISS each have.", show_default="the cores there are")
     ] = None,
@@ -174,7 +177,19 @@ def serve(
 
 def _engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the engine is told; what was not given is left to it."""
-    same = ("k", "knn_temperature", "weight", "allow_unproven", "model", "device", "dtype", "threads", "trust_remote_code", "verify")
+    same = (
+        "k",
+        "knn_temperature",
+        "weight",
+        "overlap",
+        "allow_unproven",
+        "model",
+        "device",
+        "dtype",
+        "threads",
+        "trust_remote_code",
+        "verify",
+    )
     options = {name: given[name] for name in same}
     options |= {"max_concurrent": given["max_concurrent"], "context": given["max_context"], "step_tokens": given["step_tokens"]}
     options |= {"memory_bytes": _bytes(given, "memory"), "prefix_cache_bytes": _bytes(given, "prefix_cache")}

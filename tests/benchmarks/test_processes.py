@@ -14,6 +14,7 @@ import sys, time
 def say(text):
     time.sleep(0.2)
     print(text, file=sys.stderr)
+    time.sleep(0.3)  # until then it is read, however busy the machine is
 say("reading bytes: 1 of 2, 3/s")
 held = bytearray({size})
 held[::4096] = b"x" * len(held[::4096])

@@ -188,7 +188,7 @@ def test_a_profile_of_the_other_kind_of_distance_is_refused(
         store = tmp_path / "store"
         build(inputs / "old.jsonl", store, gpt2, index="exact", **SETTINGS)
     Profile(Mixture(k=3), distance, "held-out text").write(store)
-    with pytest.raises(StoreMismatch, match=rf"profile\.json was calibrated with distances of the kind '{distance}', .*delete the file"):
+    with pytest.raises(StoreMismatch, match=rf"profile\.json was calibrated with the distance '{distance}', .*delete the file"):
         open_store(store)
     Profile(Mixture(k=3), {"exact": "index", "index": "exact"}[distance], "held-out text").write(store)
     assert open_store(store).knn_lm.mixture.k == 3

@@ -53,6 +53,7 @@ def configuration(tmp_path: Path, stores: tuple[Path, Path], authority: trustme.
     path = tmp_path / "serve.toml"
     path.write_text(
         f'store = "{stores[0]}"\nport = 0\nmetrics_port = 0\nlog_format = "json"\nmax_concurrent = 2\n'
+        f'memory = "1GB"\nprefix_cache = "10MB"\n'
         f'tls_cert = "{tmp_path}/cert.pem"\ntls_key = "{tmp_path}/key.pem"\ntokens = "{tmp_path}/tokens.toml"\n'
         f'[datastores]\ntwo = "{stores[1]}"\n[limits]\nmax_samples = 2\n'
     )
