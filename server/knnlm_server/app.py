@@ -6,8 +6,10 @@ Knows no torch: the engine comes in ready-made, or as a function that makes it.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -225,6 +227,8 @@ async def serve(
     """
     border = border or Border()
     ensure_reachable_as_meant(Place(host, port), border)
+    # Native code that crashes says nothing of itself: memory-mapped files that were cut short end the process with SIGBUS.
+    faulthandler.enable(file=sys.__stderr__ or sys.stderr)
     # asyncio.run would hold an interrupt back until the engine is loaded, and there is nothing to finish yet.
     _end_on_signals()
     engine = engine_factory()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from knnlm.errors import InvalidInput
 from knnlm_server import logs
 from knnlm_server.access import Access, Caller
 from knnlm_server.metrics import Metrics
+from knnlm_server.sequence import REQUEST_ID as WELL_FORMED_ID
 from knnlm_server.status import REQUEST_ID, code_of, reason_of, status_of
 from knnlm_server.tracing import Span, Tracing
 
@@ -32,7 +32,6 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Behavior = Callable[[Any, Any], Awaitable[Any]]
 
 _log = logging.getLogger(__name__)
-_WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 @dataclass
@@ -127,7 +126,7 @@ def _call(method: str, metadata: tuple[tuple[str, str | bytes], ...]) -> Call:
     given = next((value for key, value in metadata if key == REQUEST_ID), None)
     own = uuid.uuid4().hex
     nobody = Caller("", frozenset())
-    if isinstance(given, str) and _WELL_FORMED.fullmatch(given):
+    if isinstance(given, str) and WELL_FORMED_ID.fullmatch(given):
         return Call(method, given, f"{given}/{own[:12]}", nobody)
     return Call(method, own, own, nobody)
 

@@ -65,8 +65,9 @@ class GenerationClient:
     ``token``: the bearer token that the server may ask for. ``retries``: None for the defaults of :class:`Retries`.
 
     Every method takes ``timeout``, the seconds after which the call ends with DEADLINE_EXCEEDED, retries included (None:
-    never), and ``request_id``, under which the server logs the call (None: the server makes one). It raises
-    :class:`RequestFailed`, or :class:`InvalidInput` for an option that can't be put into a request.
+    never), and ``request_id``, under which the server logs the call (None: the server makes one): 1 to 64 letters,
+    digits, ``.``, ``_``, ``:`` and ``-``. It raises :class:`RequestFailed`, or :class:`InvalidInput` for an option that
+    can't be put into a request.
     """
 
     def __init__(

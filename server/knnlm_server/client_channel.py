@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from knnlm.errors import InvalidInput
+from knnlm_server.sequence import REQUEST_ID as WELL_FORMED_ID
 
 SERVICES = ("knnlm.v1.GenerationService",)
 REQUEST_ID = "x-request-id"
@@ -102,7 +103,7 @@ class Connection:
 
     def metadata(self, request_id: str | None) -> tuple[tuple[str, str], ...]:
         """What goes with a call beside its message."""
-        given = () if request_id is None else ((REQUEST_ID, request_id),)
+        given = () if request_id is None else ((REQUEST_ID, _checked_id(request_id)),)
         return (*given, ("authorization", f"Bearer {self._token}")) if self._token else given
 
 
@@ -171,6 +172,13 @@ def _split(target: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInput("target", f"is {target!r}, but each of several must be HOST:PORT.")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _checked_id(request_id: str) -> str:
+    # A server gives a call an id of its own where it can't take the client's, and then nobody finds it under that.
+    if not WELL_FORMED_ID.fullmatch(request_id):
+        raise InvalidInput("request_id", f"is {request_id!r}, but must be 1 to 64 letters, digits, '.', '_', ':' and '-'.")
+    return request_id
 
 
 def _checked_token(token: str | None) -> str | None:

@@ -63,6 +63,8 @@ def failure_of(error: Any, target: str) -> RequestFailed:
         return FieldsRefused(code, message, details, violations)
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(code, message if status else f"No server answers at {target} ({message}).", details)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # which only gRPC says, in two words
+        message = f"The call to {target} did not end within its timeout; allow more time, or ask for less."
     return RequestFailed(code, message, details)
 
 

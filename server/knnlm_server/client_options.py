@@ -86,8 +86,7 @@ def generation_request(
     whole = {"truncate_prompt": values.pop("truncate_prompt", None), "num_samples": num_samples, "best_of": best_of}
     for name, value in whole.items():
         _put(request.options, "options", name, value)
-    for at, word in enumerate(values.pop("bad_words", None) or ()):
-        _put_input(request.options.sampling.bad_words.add(), f"options.sampling.bad_words[{at}]", word)
+    _put_bad_words(request.options.sampling.bad_words, "options.sampling.bad_words", values.pop("bad_words", None))
     for name, value in values.items():
         _require_known(name, GenerationOptions.__annotations__)
         _put(getattr(request.options, _PLACES[name]), f"options.{_PLACES[name]}", name, value)
@@ -141,6 +140,12 @@ def _put_input(message: pb.Input, path: str, prompt: Prompt) -> None:
         _put(message.token_ids, f"{path}.token_ids", "ids", prompt)
 
 
+def _put_bad_words(messages: Any, path: str, words: Iterable[Prompt] | None) -> None:
+    _require_several(words, path)
+    for at, word in enumerate(words or ()):
+        _put_input(messages.add(), f"{path}[{at}]", word)
+
+
 def _put_retrieval(message: pb.RetrievalOptions, path: str, options: dict[str, Any]) -> None:
     _put(message, path, "off", None if options.pop("retrieval", True) else True)
     _put_datastores(message.datastores, f"{path}.datastores", options.pop("datastores", None))
@@ -169,9 +174,8 @@ def _put(message: Message, path: str, name: str, value: Any) -> None:
         return
     field = message.DESCRIPTOR.fields_by_name[name]
     place = f"{path}.{name}".lstrip(".")
-    if field.is_repeated and isinstance(value, str):
-        # Its characters would be taken for the values.
-        raise InvalidInput(place, "is one string; give a list of them.")
+    if field.is_repeated:
+        _require_several(value, place)
     try:
         if field.is_repeated and isinstance(value, Mapping):
             getattr(message, name).update(value)
@@ -182,6 +186,12 @@ def _put(message: Message, path: str, name: str, value: Any) -> None:
     except (TypeError, ValueError, AttributeError) as error:
         problem = f"is {value}, which is negative or too large" if isinstance(value, int) else f"can't be sent: {error}"
         raise InvalidInput(place, f"{problem}.") from error
+
+
+def _require_several(values: Any, place: str) -> None:
+    """Refuse a string where a list is meant: its characters would be taken for the values."""
+    if isinstance(values, str):
+        raise InvalidInput(place, "is one string; give a list of them.")
 
 
 def _require_known(name: str, known: Iterable[str]) -> None:

@@ -68,8 +68,10 @@ class Reach:
             return os.environ.get(TOKEN_VARIABLE) or None
         try:
             return self.token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput("token_file", f"is {self.token_file}, which can't be read: {error}.") from error
+        except OSError as error:
+            raise InvalidInput("token_file", f"is {self.token_file}, which can't be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:  # what it says of the content would show the token
+            raise InvalidInput("token_file", f"is {self.token_file}, which is not UTF-8.") from error
 
 
 def mix_of(datastores: list[str] | None) -> dict[str, float] | list[str] | None:

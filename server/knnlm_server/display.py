@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 _OTHER_COLUMNS = 58
 _PLACE_WIDTH = 34
 _LEAST_WIDTH = 12
+# A document that contributed less would stand in the table with 0.00 tokens.
+_LEAST_TOKENS = 0.005
+# Of control characters; those from 0x80 on, which some terminals obey as well, have none.
+_PICTURES = (
+    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+)
 # From nothing (the terminal's own colour) to all of a token's probability.
 _SHARE_STYLES = ((0.1, Style()), (0.35, Style(color="yellow")), (0.65, Style(color="green")), (math.inf, Style(color="green", bold=True)))
 
@@ -63,8 +69,11 @@ def _show_sources(tokens: Sequence[TokenEvent], evidence: CompletionEvidence | N
 
 def _show_evidence(evidence: CompletionEvidence, console: Console) -> None:
     console.print(f"retrieval changed {evidence.changed_share:.0%} of the tokens; searched for {evidence.searched_tokens}", highlight=False)
-    if evidence.documents:
-        console.print(document_table(evidence.documents))
+    shown = [document for document in evidence.documents if document.weight >= _LEAST_TOKENS]
+    if shown:
+        console.print(document_table(shown))
+    if few := len(evidence.documents) - len(shown):
+        console.print(f"less than {_LEAST_TOKENS:g} tokens each from {few} more, which --json lists", highlight=False)
     run = evidence.verbatim
     if run is not None:
         place = _place(run.source or run.document_id, run.line)
@@ -156,8 +165,8 @@ def _write(console: Console, text: str, style: Style) -> None:
 
 
 def _harmless(text: str) -> str:
-    """Control characters but newline and tab as their Unicode pictures: a model or corpus may hold escape sequences."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 and c not in "\n\t" else c for c in text)
+    """Control characters but newline and tab as pictures, those of 8 bits too: a model or corpus may hold escape sequences."""
+    return text.translate(_PICTURES)
 
 
 def _legend() -> Text:

@@ -44,8 +44,9 @@ class Place:
         return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for *_, address in _addresses(self))
 
     def ensure_free(self) -> None:
-        """Raise :class:`CannotListen`, in one sentence, where the port is in use or the host is unknown."""
-        for family, kind, protocol, _, address in _addresses(self):
+        """Raise :class:`CannotListen`, in one sentence, where the port is in use or the host is unknown or another machine."""
+        elsewhere, addresses = 0, _addresses(self)
+        for family, kind, protocol, _, address in addresses:
             with socket.socket(family, kind, protocol) as probe:
                 # As gRPC does, so that connections of a server that has just ended don't count as in use.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -53,6 +54,9 @@ class Place:
                     probe.bind(address)
                 except OSError as error:
                     _refuse(error, self)
+                    elsewhere += error.errno == errno.EADDRNOTAVAIL
+        if elsewhere == len(addresses):
+            raise CannotListen(f"Can't listen on {self.address}: {self.host} is no address of this machine.")
 
 
 class GRPCPort:

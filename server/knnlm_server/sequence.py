@@ -15,6 +15,9 @@ from knnlm.sampling import SamplingParams
 DATASTORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a datastore may be called: 1 to 64 letters, digits, ``-``, ``_`` and ``.``, of which the first is a letter or digit."""
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+"""What ids of their own clients may give to their calls."""
+
 
 class FinishReason(enum.Enum):
     """Why a completion ended."""

@@ -132,6 +132,12 @@ def test_the_whole_border_at_once(server: Server, authority: trustme.CA) -> None
     assert {line.get("tenant") for line in server.log() if line["message"].startswith("call ended")} == {"user", "root", ""}
 
 
+def test_a_crash_leaves_a_word_in_the_log(server: Server) -> None:
+    server.process.send_signal(signal.SIGBUS)
+    assert server.process.wait(PATIENCE) == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in server.errors.read_text()
+
+
 def test_check_says_whether_it_would_serve(configuration: Path) -> None:
     line = [sys.executable, "-m", "knnlm", "serve", "--config", str(configuration), "--check"]
     found = subprocess.run(line, capture_output=True, text=True, check=False, env=environment(), timeout=PATIENCE)

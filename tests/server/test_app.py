@@ -77,6 +77,11 @@ def test_an_unknown_host_is_refused() -> None:
         Place("no.such.host.invalid", 0).ensure_free()
 
 
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(CannotListen, match=r"192\.0\.2\.1 is no address of this machine"):
+        Place("192.0.2.1", 0).ensure_free()
+
+
 def test_while_the_engine_starts_requests_are_turned_away_and_health_says_so() -> None:
     class SlowEngine(FakeEngine):
         def start(self) -> None:

@@ -215,6 +215,7 @@ def test_refused_fields_are_named(client: GenerationClient) -> None:
         ({"logit_bias": {-1: 1.0}}, "options.sampling.logit_bias"),
         ({"logit_bias": {1: "much"}}, "options.sampling.logit_bias"),
         ({"logit_bias": [(1, 1.0)]}, "options.sampling.logit_bias"),
+        ({"bad_words": "end"}, "options.sampling.bad_words"),
         ({"bad_words": ["a", [-1]]}, "options.sampling.bad_words[1].token_ids.ids"),
         ({"datastores": {"main": "much"}}, "options.retrieval.datastores[0].weight"),
         ({"datastores": ["main", "main"]}, "options.retrieval.datastores"),
@@ -268,6 +269,7 @@ def test_a_timeout_is_a_deadline(start_server: Start) -> None:
         with pytest.raises(RequestFailed) as caught:
             client.generate("hi", max_new_tokens=8, timeout=0.5)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert f"The call to {client.target} did not end within its timeout" in caught.value.message
 
 
 def test_no_server_is_a_typed_error_that_names_the_target() -> None:

@@ -248,6 +248,13 @@ def test_a_token_and_an_id_go_with_every_call() -> None:
     assert [found.get("x-request-id") for found in script.metadata] == ["mine", "other", None]
 
 
+@pytest.mark.parametrize("request_id", ["", "two words", "line\n", "caf\u00e9", "x" * 65])
+def test_an_id_that_servers_would_replace_is_refused(request_id: str) -> None:
+    with GenerationClient("127.0.0.1:1") as client, pytest.raises(InvalidInput, match="64") as caught:
+        client.detokenize([1], request_id=request_id)
+    assert caught.value.field == "request_id"
+
+
 @pytest.mark.parametrize("token", ["", "two\nlines", "später", " secret"])
 def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str) -> None:
     with pytest.raises(InvalidInput) as caught:

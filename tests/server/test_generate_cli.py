@@ -18,7 +18,7 @@ from rich.console import Console
 
 import knnlm.cli
 from knnlm_server import cli, display
-from knnlm_server.sequence import DatastoreChoice, FinishEvent, FinishReason, TokenEvent
+from knnlm_server.sequence import CompletionEvidence, DatastoreChoice, DocumentWeight, FinishEvent, FinishReason, TokenEvent
 from tests.server.conftest import RunningServer
 from tests.server.fake_engine import NEIGHBOR, FakeEngine
 from tests.server.scripted_server import Script, scripted
@@ -202,7 +202,7 @@ def test_json_has_log_probs_without_neighbors(invoke: Invoke) -> None:
         (["--bad-word", ""], "--bad-word"),
         (["--samples", "9"], "--samples"),
         (["--samples", "2", "--best-of", "1"], "--best-of"),
-        (["--token-file", "no-such-file"], "--token-file"),
+        (["--token-file", "no-such-file"], "--token-file is no-such-file, which can't be read: No such file or directory."),
     ],
 )
 def test_a_refused_option_is_bad_usage(invoke: Invoke, args: list[str], said: str) -> None:
@@ -227,7 +227,7 @@ def test_no_server_is_one_sentence_that_names_the_target(capsys: pytest.CaptureF
 def test_on_a_terminal_shares_are_coloured_and_escape_sequences_disarmed() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", highlight=False, width=120)
-    events = [
+    events: list[TokenEvent | FinishEvent] = [
         TokenEvent(0, 1, "sure", "sure", knn_share=0.9),
         TokenEvent(1, 2, "\x1b[2J", "\x1b[2J"),
         FinishEvent(FinishReason.EOS, "", 1, 2),
@@ -238,6 +238,23 @@ def test_on_a_terminal_shares_are_coloured_and_escape_sequences_disarmed() -> No
     assert "\x1b[1;32msure" in shown
     assert "\x1b[2J" not in shown
     assert "␛[2J" in shown
+
+
+def test_control_characters_of_8_bits_have_no_power_over_a_terminal() -> None:
+    out = io.StringIO()
+    events: list[TokenEvent | FinishEvent] = [TokenEvent(0, 1, "a\x9b2J\x7f\u00a0é", "a"), FinishEvent(FinishReason.EOS, "", 1, 1)]
+    display.show_stream("", events, Console(file=out, force_terminal=True, highlight=False))
+    assert "a\ufffd2J␡\u00a0é" in out.getvalue()
+
+
+def test_documents_with_next_to_no_part_are_counted_instead_of_listed() -> None:
+    out = io.StringIO()
+    documents = tuple(DocumentWeight("main", f"d{number}", "", weight) for number, weight in enumerate((1.5, 0.005, 0.004, 1e-9)))
+    evidence = CompletionEvidence(changed_share=0.5, searched_tokens=2, documents=documents, verbatim=None)
+    display.show_stream("", [FinishEvent(FinishReason.EOS, "", 1, 2, evidence=evidence)], Console(file=out, width=120))
+    *_, first, second, few = out.getvalue().splitlines()
+    assert (first.split(), second.split()[1:]) == (["1.50", "main", "d0"], ["main", "d1"])
+    assert few == "less than 0.005 tokens each from 2 more, which --json lists"
 
 
 def test_serve_refuses_a_port_in_use_in_one_sentence_before_it_reads_the_store(capsys: pytest.CaptureFixture[str]) -> None:

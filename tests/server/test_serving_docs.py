@@ -10,11 +10,12 @@ import pytest
 
 from knnlm.errors import KNNLMError
 from knnlm_server import serve_command
+from knnlm_server.client_errors import RequestFailed
 from knnlm_server.configuration import settings_of
 from knnlm_server.metrics import Metrics
 from knnlm_server.pb import admin_pb2, generation_pb2
 from knnlm_server.sequence import Limits
-from knnlm_server.status import CODES, reason_of
+from knnlm_server.status import CODES, code_of, reason_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -54,13 +55,20 @@ def test_reasons_of_finishes() -> None:
     assert names - {"FINISH_REASON_UNSPECIFIED"} <= words(SERVING)
 
 
-@pytest.mark.parametrize("kind", sorted(CODES, key=lambda kind: kind.__name__))
+def errors() -> list[type[KNNLMError]]:
+    """Every class that has a status of its own, and those that take its status from one."""
+    own = set(CODES) - {KNNLMError}
+    # Clients have errors of their own, which are made of those of the server.
+    inherited = {below for kind in own for below in kind.__subclasses__() if not issubclass(below, RequestFailed)}
+    return sorted(own | inherited, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", errors())
 def test_errors(kind: type[KNNLMError]) -> None:
-    """Every class that has a status of its own, in a line with that status."""
-    reason = reason_of(kind.__new__(kind))
-    if kind is KNNLMError:
-        return
-    assert any(re.match(rf"\| {CODES[kind].name} \|.*`{reason}`", line) for line in SERVING.splitlines()), (reason, CODES[kind])
+    """In a line with its status."""
+    error = kind.__new__(kind)
+    status, reason = code_of(error).name, reason_of(error)
+    assert any(re.match(rf"\| {status} \|.*`{reason}`", line) for line in SERVING.splitlines()), (reason, status)
 
 
 def test_metrics() -> None:
