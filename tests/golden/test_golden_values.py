@@ -81,8 +81,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     lm, neighbors = torch.empty(n), Neighbors.empty(n, max(NEIGHBORS))
     for batch in score(opened.knn_lm, [tokens], opened.store.manifest.windowing, Mixture(k=max(NEIGHBORS))):
         lm[batch.rows] = batch.lm_log_probs
-        for into, found in zip(vars(neighbors).values(), vars(batch.neighbors).values(), strict=True):
-            into[batch.rows] = found
+        found = batch.neighbors
+        neighbors.distances[batch.rows], neighbors.tokens[batch.rows], neighbors.ids[batch.rows] = found.distances, found.tokens, found.ids
     yield Run(case, key, opened, torch.from_numpy(tokens[1:].astype(np.int64)), lm, neighbors)
     # 270 MB each.
     for file in [*store.rglob("keys.npy"), *store.rglob("*.faiss")]:
