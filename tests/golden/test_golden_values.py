@@ -92,7 +92,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
     def note(name: str, value: float) -> None:
-        record_property(name, value)
+        record_property(name, float(value))  # plain, so that it can pass between processes
         print(f"{name}: {value:.3g}")
 
     return note
