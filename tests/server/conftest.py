@@ -18,15 +18,6 @@ from tests.server.fake_engine import FakeEngine
 WAIT_SECONDS = 30.0
 
 
-@pytest.fixture(autouse=True)
-def _logs_end_with_the_test() -> Iterator[None]:
-    """``knnlm serve`` in this process logs to a standard error that is gone with the test."""
-    yield
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
-        root.removeHandler(handler)
-
-
 class RunningServer:
     """A server and the loop that it runs on."""
 
