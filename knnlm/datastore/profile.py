@@ -9,6 +9,7 @@ from typing import Any
 
 from knnlm.datastore.files import read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import InvalidInput, StoreDamaged
+from knnlm.gate import Gate
 from knnlm.mixture import Mixture
 
 PROFILE = "profile.json"
@@ -20,6 +21,7 @@ class Profile:
 
     ``distance``: ``exact`` or ``index``, the kind it was calibrated with. ``belongs``: what else it belongs to, by name (index,
     model, key layer, dtype); what is not named is not asked for. ``measured``: for people, what the calibration saw.
+    ``gate``: λ for each token (None: the mixture's weight for all); it belongs to the mixture's k and temperature.
     """
 
     mixture: Mixture
@@ -27,11 +29,13 @@ class Profile:
     source: str
     belongs: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    gate: Gate | None = None
 
     def write(self, store: Path) -> None:
         """Write ``profile.json`` atomically."""
         content = {**asdict(self.mixture), "distance": self.distance, "source": self.source}
-        further = {"belongs": dict(self.belongs), "measured": dict(self.measured)}
+        gate = {} if self.gate is None else self.gate.content()
+        further = {"belongs": dict(self.belongs), "measured": dict(self.measured), "gate": gate}
         write_json_with_checksum(store / PROFILE, {**content, **{name: value for name, value in further.items() if value}})
 
     @classmethod
@@ -44,6 +48,9 @@ class Profile:
         try:
             mixture = Mixture(k=int(content["k"]), temperature=float(content["temperature"]), weight=float(content["weight"]))
             belongs = {str(name): str(value) for name, value in dict(content.get("belongs", {})).items()}
-            return cls(mixture.validate(), str(content["distance"]), str(content["source"]), belongs, dict(content.get("measured", {})))
+            gate = Gate.of(content["gate"]) if "gate" in content else None
+            return cls(
+                mixture.validate(), str(content["distance"]), str(content["source"]), belongs, dict(content.get("measured", {})), gate
+            )
         except (KeyError, TypeError, ValueError, InvalidInput) as error:
             raise StoreDamaged(f"{path} is damaged: {error!r}.") from error

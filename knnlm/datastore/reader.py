@@ -189,6 +189,16 @@ class Datastore:
             entry, int(self.values.slice(entry, entry + 1)[0]), document, characters, line, self.tokens.slice(start, position).tolist()
         )
 
+    def left_contexts(self, entries: Tensor, length: int) -> Tensor:
+        """The ``length`` tokens before the value of each of ``entries`` [m], in its document: [m, length] int64, -1 before its
+        first token. Removed entries are not refused."""
+        numbers = entries.numpy()
+        documents = self.documents.of_entries(numbers)
+        positions = torch.from_numpy((numbers + documents + 1)[:, None]) + torch.arange(-length, 0)
+        first = torch.from_numpy(self.documents.token_starts[documents])[:, None]
+        tokens = self.tokens.gather(positions.clamp(min=0).flatten()).view(positions.shape).long()
+        return torch.where(positions >= first, tokens, -1)
+
     def live_token_ranges(self) -> list[tuple[int, int]]:
         """Ranges [start, stop) of the token stream between removed documents, in order."""
         table, gone = self.documents, self.tombstones.documents

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from knnlm.distribution import knn_token_log_probs
+from knnlm.following import FOLLOWED_TOKENS
 from knnlm.interpolation import effective_weight, interpolate
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
@@ -29,12 +30,14 @@ IntArray = np.ndarray[Any, np.dtype[Any]]
 @dataclass(frozen=True)
 class ReadBatch:
     """One batch of windows as the LM reads it. ``rows`` [n] int64: the place of each target among all tokens; ``targets``
-    [n] int64; ``log_probs`` [n, vocabulary] float32, the LM's; ``queries`` [n, dimension] float32."""
+    [n] int64; ``log_probs`` [n, vocabulary] float32, the LM's; ``queries`` [n, dimension] float32; ``contexts`` [n, 16] int64,
+    the last tokens that the LM has read, the newest last, -1 where its window has no more."""
 
     rows: Tensor
     targets: Tensor
     log_probs: Tensor
     queries: Tensor
+    contexts: Tensor
 
 
 @dataclass(frozen=True)
@@ -126,4 +129,10 @@ def _read_batch(model: LanguageModel, stream: _Stream, batch: list[PlacedWindow]
         tokens[:, 1 + length - widest :][is_target],
         out.logits.float().log_softmax(-1).cpu()[is_target],
         out.keys[:, columns.to(model.device)].float().cpu()[is_target],
+        _contexts(tokens[:, :-1])[:, columns][is_target],
     )
+
+
+def _contexts(tokens: Tensor) -> Tensor:
+    """The last tokens that were read at each column of ``tokens`` [windows, length], itself included: [windows, length, 16]."""
+    return torch.nn.functional.pad(tokens, (FOLLOWED_TOKENS - 1, 0), value=-1).unfold(1, FOLLOWED_TOKENS, 1)

@@ -1,0 +1,31 @@
+"""How far retrieval follows a document: the longest context that a row shares with one of its nearest neighbours.
+
+A row of its own, without memory of earlier steps: where the last tokens that the LM has read are the tokens before a
+neighbour, retrieval has been following that document for as many steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from knnlm.datastore.reader import Datastore
+from knnlm.neighbors import Neighbors
+
+FOLLOWED_TOKENS = 16
+FOLLOWED_NEIGHBORS = 8
+
+
+def followed_lengths(contexts: Tensor, neighbors: Neighbors, store: Datastore) -> Tensor:
+    """Tokens of context that each row shares with one of its 8 nearest neighbours, 0 to 16: [n] int64.
+
+    ``contexts`` [n, 16] int64: the last tokens that the LM has read, the newest last, -1 where there are no more;
+    ``neighbors`` [n, k] of ``store``.
+    """
+    ids = neighbors.ids[:, :FOLLOWED_NEIGHBORS]
+    if ids.shape[1] == 0:
+        return torch.zeros(len(contexts), dtype=torch.int64)
+    before = store.left_contexts(ids.clamp(min=0).flatten(), FOLLOWED_TOKENS).view(*ids.shape, FOLLOWED_TOKENS)
+    same = (before == contexts[:, None, :]) & (before >= 0) & (ids >= 0)[:, :, None]
+    # From the newest back to the first that differs.
+    return same.flip(2).long().cumprod(2).sum(2).max(1).values
