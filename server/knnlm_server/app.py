@@ -278,11 +278,13 @@ async def check(
 
 
 def ensure_reachable_as_meant(main: Place, border: Border) -> None:
-    """Raise :class:`CannotListen` for a place that can't be had and :class:`InvalidInput` for an admin service that is open
-    to a network; warn of others that are."""
-    for place in (main, border.admin, border.metrics_place):
-        if place is not None:
-            place.ensure_free()
+    """Raise :class:`CannotListen` for a place that can't be had and :class:`InvalidInput` for one that is asked for twice and
+    for an admin service that is open to a network; warn of others that are."""
+    places = [place for place in (main, border.admin, border.metrics_place) if place is not None]
+    for number, place in enumerate(places):
+        for earlier in places[:number]:
+            place.ensure_apart(earlier)
+        place.ensure_free()
     tls, access = border.tls, border.access
     known = access.asks_for_tokens or (tls is not None and tls.asks_for_client_certificates)
     if border.admin is not None and not known and not border.admin.is_loopback:
