@@ -148,14 +148,19 @@ def serve(
     with spaces between), or in the file of --config; options win over variables, and these over the file. What is unknown
     in either is refused.
     """
+    configure(log_format, log_level, texts_of_exceptions=log_prompts)
+    with configuration.blaming_the_source(context):
+        _serve(named_datastores(store, datastores or []), context.params, configuration.resolved(context))
+
+
+def _serve(stores: Mapping[str, Path], given: Mapping[str, Any], settings: Mapping[str, str]) -> None:
+    """Run the server, or its check; ``given``: the command's parameters."""
     import asyncio
 
     from knnlm_server import app
     from knnlm_server.admin_service import AdminService
 
-    configure(log_format, log_level, texts_of_exceptions=log_prompts)
-    settings, given = configuration.resolved(context), context.params
-    stores, options, border = named_datastores(store, datastores or []), _engine_options(given), _border(given, settings)
+    options, border = _engine_options(given), _border(given, settings)
 
     def engine() -> AsyncEngine:
         _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
@@ -166,11 +171,18 @@ def serve(
         quiet_transformers()
         return build_async_engine(stores=stores, observer=border.metrics, **options)
 
-    if check:
+    host, port = given["host"], given["port"]
+    if given["check"]:
         asyncio.run(app.check(engine, host, port, border=border, on_answer=_answered))
     else:
         made = app.serve(
-            engine, host, port, border=border, grace=grace, on_ready=_announce, admin_of=lambda engine: AdminService(engine.datastores)
+            engine,
+            host,
+            port,
+            border=border,
+            grace=given["grace"],
+            on_ready=_announce,
+            admin_of=lambda engine: AdminService(engine.datastores),
         )
         asyncio.run(made)
 

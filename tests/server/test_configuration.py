@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm import cli
+from knnlm.errors import InvalidInput
 from knnlm_server import app, serve_command
 from knnlm_server.configuration import settings_of
 from knnlm_server.serve_options import chosen_limits, named_datastores
@@ -233,6 +234,62 @@ def test_options_that_cannot_be_used_are_named(serve: Serve, arguments: list[str
     status, called = serve("store", *arguments)
     assert (status, called) == (2, {})
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[limits]\nmax_kk = 3", "limits is max_kk=3, but there is no such limit; did you mean max_k?"),
+        ("[datastores]\n'a b' = 'x'", "datastores is 'a b=x', but a name has 1 to 64"),
+        ("memory = 'much'", "memory is 'much', but must be a size"),
+        ("tokens = 'nowhere'", "tokens is nowhere, which can't be read"),
+    ],
+)
+def test_a_value_of_the_file_that_cannot_be_used_is_blamed_on_the_file_and_its_key(
+    serve: Serve, file: Any, content: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(content)
+    assert serve("store", "--config", path) == (2, {})
+    assert capsys.readouterr().err.startswith(f"error: {path}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("KNNLM_SERVE_LIMITS", "max_k=0", "is max_k=0, but must be a whole number from 1"),
+        ("KNNLM_SERVE_DATASTORES", ".a=x", "is '.a=x', but a name has"),
+        ("KNNLM_SERVE_PREFIX_CACHE", "much", "is 'much', but must be a size"),
+    ],
+)
+def test_a_value_of_a_variable_that_cannot_be_used_is_blamed_on_the_variable(
+    serve: Serve, name: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve("store", **{name: value}) == (2, {})
+    assert capsys.readouterr().err.startswith(f"error: {name} {words}")
+
+
+def test_a_flag_that_cannot_be_used_is_blamed_also_where_the_file_has_the_key(
+    serve: Serve, file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve("store", "--config", file("[limits]\nmax_k = 3"), "--limit", "max_k=0") == (2, {})
+    assert capsys.readouterr().err.startswith("error: --limit is max_k=0")
+
+
+def test_what_the_engine_finds_wrong_is_blamed_on_the_source_too(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from knnlm_server import async_engine
+
+    def refuse(**_: Any) -> None:
+        raise InvalidInput("weight", "is 2.0, but must be from 0 to 1.")
+
+    async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
+        engine_factory()
+
+    monkeypatch.setattr(async_engine, "build_async_engine", refuse)
+    monkeypatch.setattr(app, "check", load)
+    assert serve("store", "--check", KNNLM_SERVE_WEIGHT="2") == (2, {})
+    assert "error: KNNLM_SERVE_WEIGHT is 2.0, but must be from 0 to 1.\n" in capsys.readouterr().err
 
 
 def test_what_the_engine_is_told_and_the_log(monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
