@@ -382,7 +382,7 @@ def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> Serv
     facts = opened.store.manifest.model
     return ServerInfo(
         version=knnlm.__version__,
-        model=opened.model.name,
+        model=_known_name(opened.model.name),
         model_fingerprint=facts.fingerprint.weights,
         tokenizer_fingerprint=facts.fingerprint.tokenizer,
         vocabulary_size=facts.vocabulary_size,
@@ -390,3 +390,8 @@ def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> Serv
         limits=limits,
         settings=settings,
     )
+
+
+def _known_name(model: str) -> str:
+    """A model's name without the folders of this machine that it lies in."""
+    return Path(model).name if Path(model).is_dir() else model

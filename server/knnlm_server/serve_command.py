@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from knnlm_server.app import Border, GenerationServer
     from knnlm_server.async_engine import AsyncEngine
 
-# Paths of files that hold secrets say nothing to clients.
-_NOT_FOR_CLIENTS = {"config", "tls_cert", "tls_key", "tls_client_ca", "tokens"}
+# Paths of the server's machine say nothing to clients, who know datastores and the model by their names.
+_NOT_FOR_CLIENTS = {"config", "tls_cert", "tls_key", "tls_client_ca", "tokens", "store", "datastores", "model"}
 
 _log = logging.getLogger(__name__)
 

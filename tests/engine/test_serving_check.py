@@ -156,6 +156,7 @@ def test_an_unproven_model_is_served_only_when_told_to(windowed_store: Path) -> 
     assert build_async_engine({"default": windowed_store}, context=16).info.limits.context == 16
     unproven = build_async_engine({"default": windowed_store}, allow_unproven=True)
     assert unproven.info.limits.context == CONTEXT
+    assert unproven.info.model == "model"  # not where it lies
     unproven.start()
     unproven.stop()
 

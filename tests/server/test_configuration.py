@@ -33,6 +33,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         with monkeypatch.context() as patch:
             patch.setattr(app, "serve", instead)
+            patch.setattr(serve_command, "_serve", kept(serve_command._serve, called))
             for name, value in environment.items():
                 patch.setenv(name, value)
             status = cli.run(cli.load_commands(), ["serve", *map(str, arguments)])
@@ -41,8 +42,19 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     return run
 
 
+def kept(serve: Callable[..., None], called: dict[str, Any]) -> Callable[..., None]:
+    """``serve``, of which ``called`` keeps the resolved settings if it succeeds."""
+
+    def run(stores: Any, given: Any, resolved: dict[str, str]) -> None:
+        serve(stores, given, resolved)
+        called["resolved"] = resolved
+
+    return run
+
+
 def settings(called: dict[str, Any]) -> dict[str, str]:
-    found: dict[str, str] = called["border"].settings
+    """What was resolved, as the log has it."""
+    found: dict[str, str] = called["resolved"]
     return found
 
 
@@ -85,11 +97,16 @@ def test_several_values_come_from_tables_and_from_the_environment(serve: Serve, 
     assert settings(called)["limits"] == "max_k=3 (environment)"
 
 
-def test_clients_know_the_settings_but_no_paths_of_secrets(serve: Serve, tmp_path: Path) -> None:
+def test_clients_know_the_settings_but_no_paths_of_the_machine(serve: Serve, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nroles = ["generate"]\n')
-    _, called = serve("store", "--tokens", tokens)
-    assert not {"tokens", "tls_key", "tls_cert", "tls_client_ca", "config"} & set(settings(called))
+    arguments = ["--datastore", "wiki=secret-folder/wiki", "--model", "secret-folder/lm", "--tokens", tokens, "--port", 7]
+    _, called = serve("secret-folder/store", *arguments, KNNLM_SERVE_TLS_KEY="")
+    assert "secret-folder/wiki" in settings(called)["datastores"]
+    told: dict[str, str] = called["border"].settings
+    assert told["port"] == "7 (flag)"
+    assert not {"tokens", "tls_key", "tls_cert", "tls_client_ca", "config"} & set(told)
+    assert not [value for value in told.values() if "secret-folder" in value or str(tmp_path) in value]
 
 
 @pytest.mark.parametrize(
