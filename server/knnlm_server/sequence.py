@@ -280,6 +280,7 @@ class Limits:
     max_message_bytes: int = 16 * 1024 * 1024
     max_seconds: float | None = None
     max_unread_events: int = 1024
+    max_answer_entries: int = 500_000
 
 
 @dataclass(frozen=True)
