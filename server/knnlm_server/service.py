@@ -23,6 +23,7 @@ from knnlm_server.errors import QueueFull, ReadTooSlowly, ShuttingDown
 from knnlm_server.metrics import Metrics
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
+from knnlm_server.reading_lanes import ReadingLanes
 from knnlm_server.request_reader import RequestReader
 from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
@@ -91,7 +92,8 @@ class GenerationService(GenerationServiceServicer):
     """``knnlm.v1.GenerationService`` over an engine.
 
     ``settings``: the resolved configuration, for GetServerInfo. ``stall_seconds``: how long a client may leave a stream's
-    next event unread. ``log_prompts``: whether prompts go to the log.
+    next event unread. ``log_prompts``: whether prompts go to the log. ``reading``: where requests are read, closed by whoever
+    made it.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class GenerationService(GenerationServiceServicer):
         settings: dict[str, str] | None = None,
         stall_seconds: float = STALL_SECONDS,
         log_prompts: bool = False,
+        reading: ReadingLanes | None = None,
     ) -> None:
         self.gate = gate
-        self._engine, self._metrics = engine, metrics
+        self._engine, self._metrics, self._reading = engine, metrics, reading or ReadingLanes()
         self._settings, self._stall_seconds, self._log_prompts = settings or {}, stall_seconds, log_prompts
 
     @property
@@ -141,7 +144,7 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Log-probabilities of given tokens."""
         call = current_call()
-        score_request = await asyncio.to_thread(self._reader.score, request, call.key)
+        score_request = await self._reading.read(request, lambda: self._reader.score(request, call.key))
         call.prompt_tokens = len(score_request.tokens)
         return converters.score_message(score_request, await self._engine.score(score_request))
 
@@ -149,19 +152,19 @@ class GenerationService(GenerationServiceServicer):
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """Neighbours of a context."""
         call = current_call()
-        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key, tenant=call.caller.name)
+        retrieve_request = await self._reading.read(request, lambda: self._reader.retrieve(request, call.key, tenant=call.caller.name))
         call.prompt_tokens = len(retrieve_request.tokens)
         return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
 
     @_gated
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids and texts of a text."""
-        return await asyncio.to_thread(self._tokenize, request)
+        return await self._reading.read(request, lambda: self._tokenize(request))
 
     @_gated
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        return await asyncio.to_thread(self._detokenize, request)
+        return await self._reading.read(request, lambda: self._detokenize(request))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """What is served; answered also while the gate is closed."""
@@ -170,8 +173,7 @@ class GenerationService(GenerationServiceServicer):
         return converters.server_info_message(replace(info, settings=self._settings | info.settings))
 
     async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        # A long prompt takes long to tokenise; on a thread it holds up nobody else.
-        generation = await asyncio.to_thread(self._generation, request)
+        generation = await self._reading.read(request, lambda: self._generation(request))
         call, arrived = current_call(), self._metrics.watch(generation)
         call.prompt_tokens = len(generation.prompt)
         async with aclosing(self._engine.generate(generation)) as events:
