@@ -31,7 +31,8 @@ from knnlm_server.metrics import Metrics, MetricsPort
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 from knnlm_server.pb.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from knnlm_server.reading_lanes import ReadingLanes
-from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService, RequestGate
+from knnlm_server.request_gate import RequestGate
+from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService
 from knnlm_server.tls import TLS
 from knnlm_server.tracing import NoTracing, Tracing
 

@@ -19,11 +19,12 @@ from typing import Any
 from knnlm_server import converters
 from knnlm_server.calls import current_call
 from knnlm_server.engine_protocol import Engine
-from knnlm_server.errors import QueueFull, ReadTooSlowly, ShuttingDown
+from knnlm_server.errors import QueueFull, ReadTooSlowly
 from knnlm_server.metrics import Metrics
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
 from knnlm_server.reading_lanes import ReadingLanes
+from knnlm_server.request_gate import RequestGate
 from knnlm_server.request_reader import RequestReader
 from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
@@ -35,55 +36,17 @@ Handler = Callable[["GenerationService", Any, Any], Awaitable[Any]]
 _log = logging.getLogger(__name__)
 
 
-class RequestGate:
-    """Counts requests as they run (``with gate:``) and turns new ones away while closed or full. Closed at first, for ``reason``.
-
-    ``room``: requests that may run or wait at the same time. It bounds what is held in memory before the engine knows of
-    it; the engine's queue has narrower bounds of its own.
-    """
-
-    def __init__(self, reason: str, room: int) -> None:
-        self._closed: str | None = reason
-        self._room = room
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def open(self) -> None:
-        """Let requests in."""
-        self._closed = None
-
-    def close(self, reason: str) -> None:
-        """Turn requests away with a sentence; those that run go on."""
-        self._closed = reason
-
-    async def idle(self) -> None:
-        """Return when no request runs."""
-        await self._idle.wait()
-
-    def __enter__(self) -> None:
-        """Count a request in; raise :class:`ShuttingDown` while closed and :class:`QueueFull` while full."""
-        if self._closed is not None:
-            raise ShuttingDown(self._closed)
-        if self._running >= self._room:
-            raise QueueFull(f"{self._running} requests are running or waiting, and the server takes no more; try again soon.")
-        self._running += 1
-        self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        """Count a request out."""
-        self._running -= 1
-        if self._running == 0:
-            self._idle.set()
-
-
 def _gated(handler: Handler) -> Handler:
-    """Let a request through the gate."""
+    """Let a request through the gate, which says when to come again where there is no room for it, here or further in."""
 
     @functools.wraps(handler)
     async def gated(service: GenerationService, request: Any, context: Any) -> Any:
-        with service.gate:
-            return await handler(service, request, context)
+        try:
+            with service.gate:
+                return await handler(service, request, context)
+        except QueueFull as error:
+            error.retry_seconds = service.gate.retry_seconds
+            raise
 
     return gated
 
@@ -146,7 +109,9 @@ class GenerationService(GenerationServiceServicer):
         call = current_call()
         score_request = await self._reading.read(request, lambda: self._reader.score(request, call.key))
         call.prompt_tokens = len(score_request.tokens)
-        return converters.score_message(score_request, await self._engine.score(score_request))
+        result = await self._engine.score(score_request)
+        self.gate.note_end()
+        return converters.score_message(score_request, result)
 
     @_gated
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
@@ -154,7 +119,9 @@ class GenerationService(GenerationServiceServicer):
         call = current_call()
         retrieve_request = await self._reading.read(request, lambda: self._reader.retrieve(request, call.key, tenant=call.caller.name))
         call.prompt_tokens = len(retrieve_request.tokens)
-        return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
+        result = await self._engine.retrieve(retrieve_request)
+        self.gate.note_end()
+        return converters.retrieve_message(retrieve_request, result)
 
     @_gated
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
@@ -181,6 +148,7 @@ class GenerationService(GenerationServiceServicer):
                 arrived(event)
                 call.completion_tokens += isinstance(event, TokenEvent)
                 yield event
+        self.gate.note_end()
 
     def _generation(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> GenerationRequest:
         call = current_call()
