@@ -86,14 +86,14 @@ class RequestReader:
         self._inputs.check_ids(ids, "token_ids")
         return tuple(ids)
 
-    def score(self, message: pb.ScoreRequest, request_id: str) -> ScoreRequest:
+    def score(self, message: pb.ScoreRequest, request_id: str, tenant: str = "") -> ScoreRequest:
         """The request with defaults filled in and the input tokenised."""
         refuse_unknown(message)
         retrieval = self._retrieval(message.retrieval, "retrieval")
         limit = self.info.limits.max_score_tokens
         room = Room(limit, lambda length: f"has {count(length, 'token')}, but must have from 2 to {limit}.", least=2)
         tokens = self._inputs.tokens(message.input, "input", room)
-        return ScoreRequest(request_id=request_id, tokens=tokens, retrieval=retrieval)
+        return ScoreRequest(request_id=request_id, tokens=tokens, retrieval=retrieval, tenant=tenant)
 
     def tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         """The token ids of a text as a prompt."""

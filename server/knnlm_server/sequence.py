@@ -98,11 +98,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Tokens to be scored, special tokens included; token 0 is context only."""
+    """Tokens to be scored, special tokens included; token 0 is context only. ``tenant``: whose they are; tenants take turns."""
 
     request_id: str
     tokens: tuple[int, ...]
     retrieval: RetrievalParams
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Log-probabilities of given tokens."""
         call = current_call()
-        score_request = await self._reading.read(request, lambda: self._reader.score(request, call.key))
+        score_request = await self._reading.read(request, lambda: self._reader.score(request, call.key, tenant=call.caller.name))
         call.prompt_tokens = len(score_request.tokens)
         result = await self._engine.score(score_request)
         self.gate.note_end()
