@@ -27,6 +27,10 @@ class Rows(Protocol):
     def block_tokens(self) -> int:
         """Tokens of the blocks in which beginnings of texts are kept for others; 0 where none are."""
 
+    @property
+    def kept_tokens(self) -> int:
+        """Most tokens of one text that there is room to keep: what is beyond them, nobody can take over."""
+
     def reuse(self, row: int, computed: int, tokens: list[int], tenant: str) -> int:
         """Copy what is kept of a text into a row that holds its first ``computed`` tokens; how many it holds then.
 
@@ -236,9 +240,9 @@ class Scheduler(Generic[S]):
         return sequence.leader is not None
 
     def _in_common(self, sequence: S, other: S) -> int:
-        """Tokens of the full blocks that two prompts begin with alike, the last token of the first left out."""
+        """Tokens of the full blocks that two prompts begin with alike and that are kept, the last token of the first left out."""
         block, end = self._rows.block_tokens, 0
-        most = min(len(sequence.prompt) - 1, len(other.prompt))
+        most = min(len(sequence.prompt) - 1, len(other.prompt), self._rows.kept_tokens)
         while block and end + block <= most and sequence.prompt[end : end + block] == other.prompt[end : end + block]:
             end += block
         return end

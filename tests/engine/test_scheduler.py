@@ -38,7 +38,7 @@ class FakeRows:
 
     def __init__(self, rows: int, blocks: int = 0) -> None:
         self.cells: list[list[tuple[int, str | None]]] = [[] for _ in range(rows)]
-        self.block_tokens = BLOCK if blocks else 0
+        self.block_tokens, self.kept_tokens = BLOCK if blocks else 0, BLOCK * blocks
         self._blocks = PrefixBlocks(blocks, BLOCK)
         self._pool: list[list[tuple[int, str | None]]] = [[] for _ in range(blocks)]
 
@@ -363,6 +363,19 @@ def test_a_prompt_waits_for_the_beginning_that_an_older_one_reads_and_takes_it_o
     assert (same.computed, foreign.computed) == (0, 2), "what the older one left of the budget goes to the one that shares nothing"
     assert step(scheduler, rows) == [same]
     assert (same.reused, foreign.reused) == (16, 0)
+
+
+def test_a_prompt_waits_for_no_more_than_is_kept() -> None:
+    rows = FakeRows(2, blocks=1)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=2), step_tokens=6)
+    first = sequence(18, tenant="a")
+    same = sequence([*first.prompt[:16], next(FRESH)], tenant="a")
+    scheduler.add([first])
+    scheduler.add([same])
+    step(scheduler, rows)
+    assert (first.computed, same.computed) == (6, 0)
+    scheduler.schedule()
+    assert (same.leader, same.reused) == (None, 4), "the one block that is kept is taken over, and the rest is nothing to wait for"
 
 
 def test_a_prompt_whose_leader_is_cancelled_goes_on_from_what_it_left() -> None:
