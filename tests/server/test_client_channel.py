@@ -300,6 +300,40 @@ def test_tls(authority: trustme.CA, ca: Path) -> None:
                 client.detokenize([1])
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_tls_on_one_side_alone_is_said_in_a_sentence(authority: trustme.CA, ca: Path, encrypted: bool, host: str) -> None:
+    said = "speaks no TLS, but the client does; leave tls out" if encrypted else "speaks TLS, but the client does not; give it tls"
+
+    async def use(target: str) -> None:
+        async with AsyncGenerationClient(target, tls=Tls(ca) if encrypted else None, retries=SOON) as client:
+            with pytest.raises(ServerUnavailable, match=said):
+                await client.detokenize([1])
+            with pytest.raises(ServerUnavailable, match=said):
+                _ = [event async for event in client.stream("a")]
+
+    with scripted(Script(), None if encrypted else server_credentials(authority, "localhost")) as address:
+        target = f"{host}:{address.rpartition(':')[2]}"
+        with GenerationClient(target, tls=Tls(ca) if encrypted else None, retries=SOON) as client:
+            with pytest.raises(ServerUnavailable, match=f"The server at {target} {said}"):
+                client.detokenize([1])
+            with pytest.raises(ServerUnavailable, match=said):
+                list(client.stream("a"))
+            with pytest.raises(ServerUnavailable, match=said):
+                client.wait_until_ready(timeout=0.5)
+        asyncio.run(use(target))
+
+
+def test_where_both_sides_agree_on_tls_nothing_is_said_of_it(authority: trustme.CA, ca: Path) -> None:
+    with scripted(Script(), server_credentials(authority, "knnlm.test")) as target:
+        with GenerationClient(target, tls=Tls(ca), retries=SOON) as client, pytest.raises(ServerUnavailable, match=r"\.$") as caught:
+            client.detokenize([1])
+        assert "speaks" not in str(caught.value)
+    with GenerationClient(target, retries=SOON) as client, pytest.raises(ServerUnavailable) as caught:  # nobody listens now
+        client.detokenize([1])
+    assert "speaks" not in str(caught.value)
+
+
 def test_mutual_tls(authority: trustme.CA, ca: Path, certificate: dict[str, Path]) -> None:
     async def use(target: str) -> str:
         async with AsyncGenerationClient(target, tls=Tls(ca, **certificate)) as client:
