@@ -26,7 +26,8 @@ REQUEST_ID = "x-request-id"
 MOST_ATTEMPTS = 5
 """gRPC makes no more, whatever is asked for."""
 
-# A request is kept for retries up to this size; it is what a server takes by default.
+# A request is kept for retries up to this size. It is what a server takes by default, so one that is refused for its size, which
+# gRPC says with a code that is tried again, is sent once.
 _RETRY_BYTES = 16 * 1024 * 1024
 # A host that vanished without a word is noticed in the end; more often, and servers would take it for an attack.
 _KEEPALIVE_MS = 360_000

@@ -68,6 +68,8 @@ def failure_of(error: Any, target: str, diagnose: Callable[[], str] = str) -> Re
         return ServerUnavailable(code, message if status else _with(f"No server answers at {target} ({message}).", diagnose()), details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # which only gRPC says, in two words
         message = f"The call to {target} did not end within its timeout; allow more time, or ask for less."
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and "larger than max" in message:  # which gRPC itself says
+        message = f"The request is larger than the server takes on, and will not be later ({message}); send less at once."
     return RequestFailed(code, message, details)
 
 

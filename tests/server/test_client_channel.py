@@ -20,7 +20,7 @@ from knnlm_server.client_channel import MOST_ATTEMPTS, Connection
 from knnlm_server.errors import QueueFull
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
-from knnlm_server.sequence import FinishEvent, TokenEvent
+from knnlm_server.sequence import FinishEvent, Limits, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_server import process
@@ -66,6 +66,27 @@ def test_a_long_request_is_tried_again_too(detokenize: Detokenize) -> None:
     script = Script([Failure(UNAVAILABLE)])
     with scripted(script) as target:
         assert detokenize(target, SOON, [2**31] * 1_000_000) == "done"
+
+
+class Arrivals(grpc.ServerInterceptor):
+    """Counts calls as they arrive, those too whose message is never read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        self.count += 1
+        return continuation(handler_call_details)
+
+
+def test_a_request_larger_than_a_server_takes_by_default_is_sent_once() -> None:
+    arrivals, limit = Arrivals(), Limits(context=64).max_message_bytes
+    options = [("grpc.max_receive_message_length", limit)]
+    with scripted(Script(), options=options, interceptors=[arrivals]) as target, GenerationClient(target, retries=SOON) as client:
+        with pytest.raises(RequestFailed, match="larger than the server takes on, and will not be later") as caught:
+            client.detokenize([0] * limit)
+        assert (caught.value.code, caught.value.retry_seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
+    assert arrivals.count == 1
 
 
 def test_attempts_come_to_an_end(detokenize: Detokenize) -> None:
