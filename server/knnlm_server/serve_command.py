@@ -166,7 +166,7 @@ def _serve(stores: Mapping[str, Path], given: Mapping[str, Any], settings: Mappi
         _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
         # Imported here, so that an address that can't be used is refused at once.
         from knnlm.console import quiet_transformers
-        from knnlm_server.async_engine import build_async_engine
+        from knnlm_server.engine_opening import build_async_engine
 
         quiet_transformers()
         return build_async_engine(stores=stores, observer=border.metrics, **options)

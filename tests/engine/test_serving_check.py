@@ -15,7 +15,7 @@ from knnlm.model import HFLanguageModel
 from knnlm_index_builder.pipeline import build_datastore
 from knnlm_index_builder.settings import BuildSettings
 from knnlm_server import serving_check
-from knnlm_server.async_engine import build_async_engine
+from knnlm_server.engine_opening import build_async_engine
 from knnlm_server.serving_check import batched_key_error, check_servable
 from tests.engine.harness import Quiet
 from tests.tiny import save, tiny_gpt2, tiny_tokenizer
