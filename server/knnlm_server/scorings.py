@@ -15,6 +15,7 @@ from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.windows import Windowing
 from knnlm_server.errors import EngineFailed, QueueFull
+from knnlm_server.queue_shares import share_of
 from knnlm_server.sequence import Limits, ScoreRequest, ScoreResult
 from knnlm_server.served_stores import ChosenStores
 
@@ -65,10 +66,7 @@ class Scorings:
 
         Raises :class:`QueueFull` with the numbers where the texts beside it are too long already.
         """
-        total = len(request.tokens) + self.tokens
-        most = self._limits.max_waiting_tokens
-        if self and total > most:
-            raise QueueFull(f"{total} tokens would be waiting to be scored, the limit is {most}; try again later.")
+        self._check_room(request)
         retrieval = request.retrieval
         mixture = Mixture(retrieval.k, retrieval.temperature, retrieval.weight)
         tokens = torch.tensor(request.tokens, dtype=torch.int32).numpy()
@@ -107,6 +105,18 @@ class Scorings:
             return request_id, ScoreResult(**{name: tuple(values.tolist()) for name, values in scoring.result.items()})
         self._queue(scoring)
         return None
+
+    def _check_room(self, request: ScoreRequest) -> None:
+        """A single text is always taken, of a tenant that has none too as far as there is room."""
+        total, most = len(request.tokens) + self.tokens, self._limits.max_waiting_tokens
+        if self and total > most:
+            raise QueueFull(f"{total} tokens would be waiting to be scored, the limit is {most}; try again later.")
+        tenant, texts = request.tenant, self._texts.get(request.tenant, ())
+        own, most = len(request.tokens) + sum(len(scoring.request.tokens) for scoring in texts), share_of(most, tenant)
+        if texts and own > most:
+            raise QueueFull(
+                f"{own} tokens of {tenant!r} would be waiting to be scored, the limit for one caller is {most}; try again later."
+            )
 
     def _queue(self, scoring: _Scoring) -> None:
         self._texts.setdefault(scoring.request.tenant, deque()).append(scoring)

@@ -42,7 +42,7 @@ def _gated(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def gated(service: GenerationService, request: Any, context: Any) -> Any:
         try:
-            with service.gate:
+            with service.gate.request(current_call().caller.name):
                 return await handler(service, request, context)
         except QueueFull as error:
             error.retry_seconds = service.gate.retry_seconds

@@ -755,6 +755,15 @@ def test_texts_to_be_scored_wait_within_a_bound_of_tokens(gpt2: Parts) -> None:
     assert set(drive(engine)) == {"more"}
 
 
+def test_texts_of_one_tenant_leave_room_for_those_of_others(gpt2: Parts) -> None:
+    engine = make_engine(gpt2, max_waiting_tokens=80)
+    engine.add_score(ScoreRequest("a", tuple(random_prompt(50, 5)), LM_ALONE, tenant="greedy"))
+    with pytest.raises(QueueFull, match="71 tokens of 'greedy' would be waiting to be scored, the limit for one caller is 70"):
+        engine.add_score(ScoreRequest("b", tuple(random_prompt(21, 5)), LM_ALONE, tenant="greedy"))
+    engine.add_score(ScoreRequest("c", tuple(random_prompt(30, 5)), LM_ALONE, tenant="modest"))
+    assert set(drive(engine)) == {"a", "c"}
+
+
 def test_a_text_that_can_not_be_scored_ends_its_own_request(gpt2: Parts) -> None:
     engine = make_engine(gpt2)
     engine.add_score(ScoreRequest("bad", (5, 10_000, 7), LM_ALONE))

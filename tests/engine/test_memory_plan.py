@@ -92,11 +92,12 @@ def _peak_is_told() -> bool:
 
 
 @pytest.mark.skipif(not _peak_is_told(), reason="the peak of resident memory is read from Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_batchs_logits_take_no_more_copies_than_are_planned(tmp_path: Path, dtype: str) -> None:
-    program = [sys.executable, "-m", "tests.engine.logit_peak", str(tmp_path), dtype]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300, env=environment())
+def test_a_batchs_logits_take_no_more_copies_than_are_planned(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.engine.logit_peak", str(tmp_path), "float32"]
+    # What is freed goes back to the system at once, so that what was used before hides nothing.
+    settings = {**environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300, env=settings)
     assert done.returncode == 0, done.stderr
     scoring, steps = map(float, done.stdout.split()[-2:])
-    assert 1 <= scoring <= COPIES
-    assert 0.4 <= steps <= COPIES  # half of one is what a model in bfloat16 makes itself
+    assert 1 < scoring <= COPIES
+    assert 0.9 < steps <= COPIES
