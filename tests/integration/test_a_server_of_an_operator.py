@@ -146,4 +146,4 @@ def test_check_says_whether_it_would_serve(configuration: Path) -> None:
     (configuration.parent / "tokens.toml").write_text("")
     found = subprocess.run(line, capture_output=True, text=True, check=False, env=environment(), timeout=PATIENCE)
     assert (found.returncode, found.stdout) == (2, "")
-    assert "--tokens is " in found.stderr
+    assert found.stderr.startswith(f"error: {configuration}: tokens is ")
