@@ -236,10 +236,11 @@ def test_options_that_cannot_be_used_are_named(serve: Serve, arguments: list[str
 
 
 def test_what_the_engine_is_told_and_the_log(monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    from knnlm_server import async_engine
+    from knnlm_server import async_engine, engine_parts
 
     told: dict[str, Any] = {}
-    monkeypatch.setattr(async_engine, "build_async_engine", lambda **options: told.update(options))
+    monkeypatch.setattr(engine_parts, "build_engine_parts", lambda **options: told.update(options))
+    monkeypatch.setattr(async_engine, "AsyncEngine", lambda parts, observer: None)
 
     async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
         await asyncio.to_thread(engine_factory)
