@@ -37,7 +37,7 @@ PATIENT = Manner()
 
 @dataclass
 class Answer:
-    """What a call brought: ``sent`` and ``moments`` (of each token) in seconds of ``time.perf_counter``, the ids, the
+    """What a call brought: ``sent`` and ``moments`` (of each message with tokens) in seconds of ``time.perf_counter``, the ids, the
     finish, and the status it ended with: its code's name, ErrorInfo's reason, whether RetryInfo came with it."""
 
     sent: float
@@ -58,17 +58,16 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between tokens."""
+        """Seconds between messages with tokens: how long a reader waits for more."""
         return [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
 
-    def take(self, event: pb.StreamGenerateResponse) -> None:
-        """Write an event down."""
-        if event.HasField("token"):
+    def take(self, message: pb.StreamGenerateResponse) -> None:
+        """Write a message down."""
+        if message.tokens:
             self.moments.append(time.perf_counter())
-            self.ids.append(event.token.token_id)
-            self.indices.append(event.token.index)
-        else:
-            self.finishes.append(event.finish)
+        self.ids += [token.token_id for token in message.tokens]
+        self.indices += [token.index for token in message.tokens]
+        self.finishes += message.finishes
 
     def fail(self, error: grpc.aio.AioRpcError) -> None:
         """Write the status down that the call ended with."""

@@ -48,7 +48,8 @@ def draw(scores: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
     takes the token of the largest score, the smallest id among equals.
     """
     if params.temperature == 0.0:
-        best = scores.argmax(-1)
+        # NumPy finds it several times faster than torch, the first of equals and NaN before all else like torch.
+        best = torch.from_numpy(scores.numpy().argmax(-1))
         return torch.where(scores.gather(1, best[:, None])[:, 0] > -torch.inf, best, -1)
     if params.temperature != 1.0:
         scores = TemperatureLogitsWarper(float(params.temperature))(_NO_IDS, scores)

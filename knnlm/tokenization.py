@@ -39,6 +39,7 @@ class TextTokenizer:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._token_texts: dict[int, str] = {}  # every token of a stream asks, and decoding one costs tens of microseconds
         self.bos_id = _bos_id(tokenizer, bos)
         self.eos_id = _eos_id(tokenizer) if eos else None
 
@@ -72,6 +73,11 @@ class TextTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token for display, special ones by their name."""
+        if (known := self._token_texts.get(token_id)) is None:
+            known = self._token_texts[token_id] = self._token_text(token_id)
+        return known
+
+    def _token_text(self, token_id: int) -> str:
         if token_id in self._tokenizer.all_special_ids or token_id >= len(self._tokenizer):
             name = self._tokenizer.convert_ids_to_tokens(int(token_id)) if token_id < len(self._tokenizer) else None
             return str(name if name is not None else f"<{token_id}>")

@@ -51,6 +51,7 @@ class ShardedRows:
     """Rows of several memory-mapped arrays, numbered through. ``gather`` reads any of them."""
 
     def __init__(self, arrays: Sequence[np.ndarray[Any, Any]], starts: Sequence[int]) -> None:
+        self._arrays = list(arrays)
         self._tensors = [torch.from_numpy(array) for array in arrays]
         self._starts = torch.tensor(list(starts), dtype=torch.int64)
         self.length = int(starts[-1]) + len(arrays[-1])
@@ -62,15 +63,14 @@ class ShardedRows:
         """Rows by number [m] int64, in that order: [m, …] in the stored dtype."""
         if len(self._tensors) == 1:
             return self._tensors[0].index_select(0, rows)
-        shard = torch.searchsorted(self._starts, rows, right=True) - 1
-        out = torch.empty((len(rows), *self._tensors[0].shape[1:]), dtype=self._tensors[0].dtype)
-        # Torch writes no rows of unsigned numbers; as bits they are the same.
-        bits = torch.int32 if out.dtype == torch.uint32 else out.dtype
-        for number in shard.unique().tolist():
-            chosen = (shard == number).nonzero()[:, 0]
-            found = self._tensors[number].index_select(0, rows[chosen] - self._starts[number])
-            out.view(bits)[chosen] = found.view(bits)
-        return out
+        # By NumPy, which takes a third of the time that torch's indexing takes for a few thousand rows.
+        numbers, starts = rows.numpy(), self._starts.numpy()
+        shards = np.searchsorted(starts, numbers, side="right") - 1
+        out = np.empty((len(numbers), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+        for shard in np.flatnonzero(np.bincount(shards)):
+            chosen = np.flatnonzero(shards == shard)
+            out[chosen] = self._arrays[shard].take(numbers[chosen] - starts[shard], axis=0)
+        return torch.from_numpy(out)
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop): a view where they lie in one shard."""

@@ -32,7 +32,7 @@ from knnlm_server.pb.admin_pb2_grpc import AdminServiceServicer, add_AdminServic
 from knnlm_server.pb.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from knnlm_server.reading_lanes import ReadingLanes
 from knnlm_server.request_gate import RequestGate
-from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService
+from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, STREAM_INTERVAL, GenerationService
 from knnlm_server.tls import TLS
 from knnlm_server.tracing import NoTracing, Tracing
 
@@ -63,6 +63,7 @@ class Border:
     metrics_place: Place | None = None
     metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing = field(default_factory=NoTracing)
+    stream_interval: float = STREAM_INTERVAL
     stall_seconds: float = STALL_SECONDS
     log_prompts: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -174,6 +175,7 @@ class GenerationServer:
             self._gate,
             border.metrics,
             settings=dict(border.settings),
+            stream_interval=border.stream_interval,
             stall_seconds=border.stall_seconds,
             log_prompts=border.log_prompts,
             reading=self._reading,

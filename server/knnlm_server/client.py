@@ -30,7 +30,7 @@ from knnlm_server.client_calls import Call, ResultT
 from knnlm_server.client_channel import Connection, Retries, Tls
 from knnlm_server.client_errors import FieldsRefused, FieldViolation, RequestFailed, ServerUnavailable, failure_of, not_ready
 from knnlm_server.client_options import Datastores, GenerationOptions, Prompt, RetrievalOptions, RetrieveOptions
-from knnlm_server.client_results import Completion, Retrieved, ScoredTokens, Token, read_event
+from knnlm_server.client_results import Completion, Retrieved, ScoredTokens, Token, read_events
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
 from knnlm_server.sequence import FinishEvent, ServerInfo, TokenEvent
@@ -177,7 +177,7 @@ class GenerationClient:
         call = self._stub.StreamGenerate(request, timeout=timeout, metadata=self._connection.metadata(request_id))
         try:
             for response in call:
-                yield read_event(response)
+                yield from read_events(response)
         except grpc.RpcError as error:
             raise failure_of(error, self.target, self._connection.diagnosis) from error
         finally:
@@ -294,7 +294,8 @@ class AsyncGenerationClient:
         call = self._stub.StreamGenerate(request, timeout=timeout, metadata=self._connection.metadata(request_id))
         try:
             async for response in call:
-                yield read_event(response)
+                for event in read_events(response):
+                    yield event
         except grpc.RpcError as error:
             raise await asyncio.to_thread(failure_of, error, self.target, self._connection.diagnosis) from error
         finally:

@@ -49,9 +49,9 @@ class Token:
     text: str
 
 
-def read_event(response: pb.StreamGenerateResponse) -> TokenEvent | FinishEvent:
-    """The event of one message of a stream."""
-    return read_token(response.token) if response.HasField("token") else read_finish(response.finish)
+def read_events(response: pb.StreamGenerateResponse) -> list[TokenEvent | FinishEvent]:
+    """The events of one message of a stream, in order."""
+    return [*map(read_token, response.tokens), *map(read_finish, response.finishes)]
 
 
 def read_completions(response: pb.GenerateResponse) -> tuple[Completion, ...]:

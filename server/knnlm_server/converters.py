@@ -5,7 +5,7 @@ The service and the client both use it; requests are read in ``request_reader.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -31,6 +31,7 @@ from knnlm_server.sequence import (
     VerbatimRun,
 )
 
+STREAM_MESSAGE_BYTES = 1 << 16
 _REASON_PREFIX = "FINISH_REASON_"
 
 
@@ -55,6 +56,24 @@ def token_message(event: TokenEvent) -> pb.GeneratedToken:
 def _neighbor_message(neighbor: NeighborEvidence) -> pb.Neighbor:
     fields = vars(neighbor) | {"metadata": metadata_message(neighbor.metadata) if neighbor.metadata else None}
     return pb.Neighbor(**fields)
+
+
+def stream_messages(events: Iterable[TokenEvent | FinishEvent]) -> Iterator[pb.StreamGenerateResponse]:
+    """The messages of a stream that hold ``events``: one, or several where many details make it large."""
+    message, size = pb.StreamGenerateResponse(), 0
+    for event in events:
+        if isinstance(event, FinishEvent):
+            part: Message = message.finishes.add()
+            part.CopyFrom(finish_message(event))
+        else:
+            part = message.tokens.add()
+            part.CopyFrom(token_message(event))
+        size += part.ByteSize()
+        if size >= STREAM_MESSAGE_BYTES:
+            yield message
+            message, size = pb.StreamGenerateResponse(), 0
+    if message.tokens or message.finishes:  # which may be no bytes at all
+        yield message
 
 
 def read_token(message: pb.GeneratedToken) -> TokenEvent:

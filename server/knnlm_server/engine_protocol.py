@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 from knnlm_server.sequence import (
+    Arrival,
     DatastoreInfo,
-    FinishEvent,
     GenerationRequest,
     RetrieveRequest,
     RetrieveResult,
     ScoreRequest,
     ScoreResult,
     ServerInfo,
-    TokenEvent,
 )
 
 
@@ -60,8 +59,9 @@ class Engine(Protocol):
     def stop(self) -> None:
         """End at once: running requests raise :class:`~knnlm_server.errors.ShuttingDown`."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        """Token events, and one finish event for each sample; closing the generator cancels the request.
+    def stream(self, request: GenerationRequest, interval: float = 0.0) -> AsyncGenerator[list[Arrival], None]:
+        """Token events, and one finish event for each sample, as many at a time as there are; closing the generator cancels
+        the request. Tokens that come within ``interval`` seconds of the last time wait for others; an end does not.
 
         The first iteration raises :class:`~knnlm_server.errors.QueueFull` where there is no room to wait and
         :class:`~knnlm_server.errors.DatastoreNotLoaded` for a name that is not known; any raises

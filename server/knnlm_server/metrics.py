@@ -7,7 +7,6 @@ completion. Knows neither engine nor gRPC service.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from knnlm_server.errors import CannotListen
-from knnlm_server.sequence import FinishEvent, GenerationRequest, ServerInfo, TokenEvent
+from knnlm_server.sequence import Arrival, FinishEvent, GenerationRequest, ServerInfo
 from knnlm_server.telemetry import StepReport
 
 if TYPE_CHECKING:
@@ -126,16 +125,16 @@ class Metrics:
         if reason and code is not grpc.StatusCode.INTERNAL:
             self._rejected.labels(reason).inc()
 
-    def watch(self, request: GenerationRequest) -> Callable[[TokenEvent | FinishEvent], None]:
-        """To be called with each event of a request as it arrives."""
+    def watch(self, request: GenerationRequest) -> Callable[[Arrival], None]:
+        """To be called with each event of a request, in order."""
         last: dict[int, float] = {}
 
-        def arrived(event: TokenEvent | FinishEvent) -> None:
+        def arrived(arrival: Arrival) -> None:
+            now, event = arrival
             if isinstance(event, FinishEvent):
                 self._finished.labels(event.reason.value).inc()
                 self._completion_sizes.observe(event.completion_tokens)
                 return
-            now = time.monotonic()
             if not last:
                 self._began(request, now)
             if event.sample in last:

@@ -14,7 +14,7 @@ from knnlm.penalties import allowed_scores
 from knnlm.sampling import SamplingParams
 
 ROWS_AT_ONCE = 8
-"""Tensors of more rows cost more to allocate than they save."""
+"""Tensors of more rows cost more to allocate than they save; the most probable token needs none."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def draw_rows(log_probs: Tensor, base: Tensor, rows: Sequence[RowDraw]) -> list[
     for number, row in enumerate(rows):
         groups.setdefault(row.truncation, []).append(number)
     for params, members in groups.items():
-        for first in range(0, len(members), ROWS_AT_ONCE):
-            numbers = members[first : first + ROWS_AT_ONCE]
+        at_once = len(members) if params.temperature == 0.0 else ROWS_AT_ONCE
+        for first in range(0, len(members), at_once):
+            numbers = members[first : first + at_once]
             for number, token in zip(numbers, _draw_group(log_probs, base, rows, params, numbers), strict=True):
                 drawn[number] = token
     return drawn

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from knnlm.mixture import MOST_NEIGHBORS
 from knnlm.sampling import SamplingParams
@@ -236,6 +236,13 @@ class FinishEvent:
     sample: int = 0
     evidence: CompletionEvidence | None = None
     mean_log_prob: float | None = None
+
+
+class Arrival(NamedTuple):
+    """An event, and when the engine handed it out, in seconds of ``time.monotonic``."""
+
+    at: float
+    event: TokenEvent | FinishEvent
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,10 @@ def serve(
             show_default="as GetServerInfo says",
         ),
     ] = None,
+    stream_interval: Annotated[
+        float,
+        typer.Option(min=0, help="Least seconds between a stream's messages; tokens that come faster share one."),
+    ] = 0.05,
     stall_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds after which a stream whose client reads nothing is ended.")] = 30.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get when the server is stopped.")] = 30.0,
     k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
@@ -166,10 +170,11 @@ def _serve(stores: Mapping[str, Path], given: Mapping[str, Any], settings: Mappi
         _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
         # Imported here, so that an address that can't be used is refused at once.
         from knnlm.console import quiet_transformers
-        from knnlm_server.engine_opening import build_async_engine
+        from knnlm_server.async_engine import AsyncEngine
+        from knnlm_server.engine_parts import build_engine_parts
 
         quiet_transformers()
-        return build_async_engine(stores=stores, observer=border.metrics, **options)
+        return AsyncEngine(build_engine_parts(stores=stores, **options), border.metrics)
 
     host, port = given["host"], given["port"]
     if given["check"]:
@@ -230,6 +235,7 @@ def _border(given: Mapping[str, Any], settings: Mapping[str, str]) -> Border:
         admin=None if admin is None else Place(given["admin_host"], admin, "--admin-port"),
         metrics_place=None if metrics is None else Place(given["metrics_host"], metrics, "--metrics-port"),
         tracing=OpenTelemetryTracing() if given["tracing"] else NoTracing(),
+        stream_interval=given["stream_interval"],
         stall_seconds=given["stall_seconds"],
         log_prompts=given["log_prompts"],
         settings={name: value for name, value in settings.items() if name not in _NOT_FOR_CLIENTS},

@@ -30,6 +30,8 @@ from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 STALL_SECONDS = 30.0
+# Twenty messages a second read as a flow; a model that takes longer for a token sends each in a message of its own.
+STREAM_INTERVAL = 0.05
 
 Handler = Callable[["GenerationService", Any, Any], Awaitable[Any]]
 
@@ -54,9 +56,9 @@ def _gated(handler: Handler) -> Handler:
 class GenerationService(GenerationServiceServicer):
     """``knnlm.v1.GenerationService`` over an engine.
 
-    ``settings``: the resolved configuration, for GetServerInfo. ``stall_seconds``: how long a client may leave a stream's
-    next event unread. ``log_prompts``: whether prompts go to the log. ``reading``: where requests are read, closed by whoever
-    made it.
+    ``settings``: the resolved configuration, for GetServerInfo. ``stream_interval``: seconds that a message of a stream is
+    apart from the last one at least. ``stall_seconds``: how long a client may leave a stream's next message unread.
+    ``log_prompts``: whether prompts go to the log. ``reading``: where requests are read, closed by whoever made it.
     """
 
     def __init__(
@@ -66,13 +68,15 @@ class GenerationService(GenerationServiceServicer):
         metrics: Metrics,
         *,
         settings: dict[str, str] | None = None,
+        stream_interval: float = STREAM_INTERVAL,
         stall_seconds: float = STALL_SECONDS,
         log_prompts: bool = False,
         reading: ReadingLanes | None = None,
     ) -> None:
         self.gate = gate
         self._engine, self._metrics, self._reading = engine, metrics, reading or ReadingLanes()
-        self._settings, self._stall_seconds, self._log_prompts = settings or {}, stall_seconds, log_prompts
+        self._settings, self._log_prompts = settings or {}, log_prompts
+        self._stream_interval, self._stall_seconds = stream_interval, stall_seconds
 
     @property
     def _reader(self) -> RequestReader:
@@ -84,13 +88,14 @@ class GenerationService(GenerationServiceServicer):
         """Whole completions."""
         tokens: dict[int, list[pb.GeneratedToken]] = defaultdict(list)
         ends: list[FinishEvent] = []
-        async with aclosing(self._events(request)) as events:
-            async for event in events:
-                if isinstance(event, FinishEvent):
-                    ends.append(event)
-                else:
-                    # At once: thousands with all details in one piece would hold up every other stream for seconds.
-                    tokens[event.sample].append(converters.token_message(event))
+        async with aclosing(self._events(request)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    if isinstance(event, FinishEvent):
+                        ends.append(event)
+                    else:
+                        # At once: thousands with all details in one piece would hold up every other stream for seconds.
+                        tokens[event.sample].append(converters.token_message(event))
         chosen = best(ends, max(1, request.options.num_samples))
         return pb.GenerateResponse(
             completions=[converters.completion_message(tokens[end.sample], end) for end in chosen], prompt_tokens=ends[0].prompt_tokens
@@ -98,10 +103,11 @@ class GenerationService(GenerationServiceServicer):
 
     @_gated
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any) -> None:
-        """Completions, token by token. Writes through ``context``, so that the events are closed when it is cancelled."""
-        async with aclosing(self._events(request)) as events:
-            async for event in events:
-                await self._send(context, _stream_message(event))
+        """Completions as they grow. Writes through ``context``, so that the events are closed when it is cancelled."""
+        async with aclosing(self._events(request)) as batches:
+            async for batch in batches:
+                for message in converters.stream_messages(batch):
+                    await self._send(context, message)
 
     @_gated
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
@@ -139,15 +145,16 @@ class GenerationService(GenerationServiceServicer):
         # What the engine made of a setting says more than that it was not set.
         return converters.server_info_message(replace(info, settings=self._settings | info.settings))
 
-    async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+    async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[list[TokenEvent | FinishEvent], None]:
         generation = await self._reading.read(request, lambda: self._generation(request))
         call, arrived = current_call(), self._metrics.watch(generation)
         call.prompt_tokens = len(generation.prompt)
-        async with aclosing(self._engine.generate(generation)) as events:
-            async for event in events:
-                arrived(event)
-                call.completion_tokens += isinstance(event, TokenEvent)
-                yield event
+        async with aclosing(self._engine.stream(generation, self._stream_interval)) as batches:
+            async for batch in batches:
+                for arrival in batch:
+                    arrived(arrival)
+                    call.completion_tokens += isinstance(arrival.event, TokenEvent)
+                yield [arrival.event for arrival in batch]
         self.gate.note_end()
 
     def _generation(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> GenerationRequest:
@@ -180,9 +187,3 @@ def best(ends: Sequence[FinishEvent], count: int) -> list[FinishEvent]:
     if len(ends) <= count:
         return sorted(ends, key=lambda end: end.sample)
     return sorted(ends, key=lambda end: (-(end.mean_log_prob or 0.0), end.sample))[:count]
-
-
-def _stream_message(event: TokenEvent | FinishEvent) -> pb.StreamGenerateResponse:
-    if isinstance(event, FinishEvent):
-        return pb.StreamGenerateResponse(finish=converters.finish_message(event))
-    return pb.StreamGenerateResponse(token=converters.token_message(event))

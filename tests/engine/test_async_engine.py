@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from knnlm.sampling import SamplingParams
-from knnlm_server import async_engine as async_engine_module
+from knnlm_server import engine_parts as engine_parts_module
 from knnlm_server.async_engine import AsyncEngine
 from knnlm_server.datastores import Datastores
+from knnlm_server.engine_parts import EngineParts
 from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
 from knnlm_server.sequence import (
     FinishEvent,
@@ -39,7 +40,7 @@ def info(parts: Parts, **limits: int) -> ServerInfo:
 
 
 def engine_of(parts: Parts, datastores: Datastores | None = None, **limits: int) -> AsyncEngine:
-    return AsyncEngine(parts.model, parts.knn_lm.tokenizer, datastores or parts.datastores(), info(parts, **limits))
+    return AsyncEngine(EngineParts(parts.model, parts.knn_lm.tokenizer, datastores or parts.datastores(), info(parts, **limits)))
 
 
 class Running:
@@ -71,7 +72,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         made.append(RecordingEngine(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(async_engine_module, "DecodingEngine", recording)
+    monkeypatch.setattr(engine_parts_module, "DecodingEngine", recording)
     with ExitStack() as stack:
 
         def starting(parts: Parts, datastores: Datastores | None = None, **limits: int) -> Running:
@@ -184,7 +185,7 @@ def test_the_observer_learns_that_nothing_runs_any_more(gpt2: Parts, fails: bool
         def step(self, report: StepReport) -> None:
             running.append(report.running)
 
-    outer = AsyncEngine(gpt2.model, gpt2.knn_lm.tokenizer, gpt2.datastores(), info(gpt2), observer=Observer())
+    outer = AsyncEngine(EngineParts(gpt2.model, gpt2.knn_lm.tokenizer, gpt2.datastores(), info(gpt2)), Observer())
     outer.start()
 
     async def give_up() -> None:
@@ -359,10 +360,10 @@ def test_a_flood_of_commands_does_not_hold_up_what_runs(gpt2: Parts, start: Star
 
     def another(_: object) -> None:
         if not flooding.is_set():
-            engine.outer._commands.put(another)
+            engine.outer._submit("flood", another)
 
     async def one_that_ends() -> list[int]:
-        engine.outer._commands.put(another)
+        engine.outer._submit("flood", another)
         return await engine.generate(request("a", [5, 6], max_new_tokens=4, ignore_eos=True))
 
     try:

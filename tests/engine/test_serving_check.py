@@ -15,7 +15,8 @@ from knnlm.model import HFLanguageModel
 from knnlm_index_builder.pipeline import build_datastore
 from knnlm_index_builder.settings import BuildSettings
 from knnlm_server import serving_check
-from knnlm_server.engine_opening import build_async_engine
+from knnlm_server.async_engine import AsyncEngine
+from knnlm_server.engine_parts import build_engine_parts
 from knnlm_server.serving_check import batched_key_error, check_servable
 from tests.engine.harness import Quiet
 from tests.tiny import save, tiny_gpt2, tiny_tokenizer
@@ -152,11 +153,12 @@ def windowed_store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_an_unproven_model_is_served_only_when_told_to(windowed_store: Path) -> None:
     with pytest.raises(ModelError, match="--max-context 16"):
-        build_async_engine({"default": windowed_store})
-    assert build_async_engine({"default": windowed_store}, context=16).info.limits.context == 16
-    unproven = build_async_engine({"default": windowed_store}, allow_unproven=True)
-    assert unproven.info.limits.context == CONTEXT
-    assert unproven.info.model == "model"  # not where it lies
+        build_engine_parts({"default": windowed_store})
+    assert build_engine_parts({"default": windowed_store}, context=16).info.limits.context == 16
+    unproven_parts = build_engine_parts({"default": windowed_store}, allow_unproven=True)
+    assert unproven_parts.info.limits.context == CONTEXT
+    assert unproven_parts.info.model == "model"  # not where it lies
+    unproven = AsyncEngine(unproven_parts)
     unproven.start()
     unproven.stop()
 

@@ -21,7 +21,8 @@ from knnlm_index_builder.compaction import compact
 from knnlm_index_builder.settings import Resources
 from knnlm_server.admin_service import AdminService
 from knnlm_server.app import Border, GenerationServer
-from knnlm_server.engine_opening import build_async_engine
+from knnlm_server.async_engine import AsyncEngine
+from knnlm_server.engine_parts import build_engine_parts
 from knnlm_server.listening import Place
 from knnlm_server.pb import admin_pb2, generation_pb2
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceStub
@@ -113,7 +114,7 @@ class Stream:
 
     async def _read(self) -> None:
         async for response in self._call:
-            self.arrived.append((time.monotonic(), list(response.token.neighbors)))
+            self.arrived.append((time.monotonic(), [n for token in response.tokens for n in token.neighbors]))
 
     async def more(self, count: int, after: float = 0.0) -> list[list[Any]]:
         """The neighbours of the next ``count`` tokens that arrive later than ``after``."""
@@ -131,7 +132,7 @@ class Stream:
 
 @asynccontextmanager
 async def serving(path: Path) -> AsyncIterator[Served]:
-    engine = await asyncio.to_thread(build_async_engine, {"news": path})
+    engine = AsyncEngine(await asyncio.to_thread(build_engine_parts, {"news": path}))
     server = GenerationServer(engine, border=Border(admin=Place("127.0.0.1", 0, "--admin-port")), admin=AdminService(engine.datastores))
     await server.start()
     assert server.admin_place is not None

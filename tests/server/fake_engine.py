@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from knnlm_server.errors import DatastoreLoaded, DatastoreNotLoaded, ShuttingDown
 from knnlm_server.sequence import (
     Alternative,
+    Arrival,
     CompletionEvidence,
     DatastoreInfo,
     DocumentWeight,
@@ -139,6 +141,7 @@ class FakeEngine:
         self.hold_after = hold_after
         self.failure = failure
         self.requests: list[GenerationRequest] = []
+        self.intervals: list[float] = []
         self.scored: list[ScoreRequest] = []
         self.retrieved: list[RetrieveRequest] = []
         self.started = False
@@ -163,7 +166,9 @@ class FakeEngine:
         self.released = True
         self._wake()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+    async def stream(self, request: GenerationRequest, interval: float = 0.0) -> AsyncGenerator[list[Arrival], None]:
+        """Each event by itself, whatever the interval is."""
+        self.intervals.append(interval)
         self.requests.append(request)
         try:
             self._fail_if_asked(request.prompt)
@@ -171,12 +176,12 @@ class FakeEngine:
                 if index == self.hold_after:
                     await self._hold()
                 for sample in range(request.samples):
-                    yield replace(_token(request, index, piece), sample=sample)
+                    yield _now(replace(_token(request, index, piece), sample=sample))
             for sample in range(request.samples):
                 # Later samples are better.
                 mean = float(sample - request.samples) if request.mean_log_prob else None
                 evidence = EVIDENCE if request.detail.evidence else None
-                yield FinishEvent(FinishReason.LENGTH, "!", len(request.prompt), len(self.pieces), sample, evidence, mean)
+                yield _now(FinishEvent(FinishReason.LENGTH, "!", len(request.prompt), len(self.pieces), sample, evidence, mean))
         finally:
             self.closed.set()
 
@@ -206,6 +211,10 @@ class FakeEngine:
     def _wake(self) -> None:
         for loop, woken in self._holding:
             loop.call_soon_threadsafe(woken.set)
+
+
+def _now(event: TokenEvent | FinishEvent) -> list[Arrival]:
+    return [Arrival(time.monotonic(), event)]
 
 
 def _token(request: GenerationRequest, index: int, piece: str) -> TokenEvent:

@@ -43,10 +43,10 @@ class Script(GenerationServiceServicer):
     def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Any) -> Iterator[pb.StreamGenerateResponse]:
         failure = self._next(context)
         for index in range(2 if failure is None else failure.after):
-            yield pb.StreamGenerateResponse(token=pb.GeneratedToken(index=index, text="a"))
+            yield pb.StreamGenerateResponse(tokens=[pb.GeneratedToken(index=index, text="a")])
         if failure is not None:
             _fail(context, failure)
-        yield pb.StreamGenerateResponse(finish=pb.Finish(finish_reason=pb.FINISH_REASON_LENGTH))
+        yield pb.StreamGenerateResponse(finishes=[pb.Finish(finish_reason=pb.FINISH_REASON_LENGTH)])
 
     def _next(self, context: Any) -> Failure | None:
         self.metadata.append(dict(context.invocation_metadata()))

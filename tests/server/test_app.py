@@ -27,7 +27,7 @@ from knnlm_server.errors import CannotListen, EngineFailed
 from knnlm_server.listening import Place
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
-from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
+from knnlm_server.sequence import Arrival, FinishEvent, GenerationRequest, TokenEvent
 from knnlm_server.service import SERVICE_NAME
 from knnlm_server.tls import TLS, TLSFiles
 from tests.server.conftest import WAIT_SECONDS, RunningServer
@@ -383,7 +383,7 @@ def test_check_answers_one_request_through_the_servers_own_port(access: OpenAcce
 
 def test_check_fails_where_the_server_does_not_answer() -> None:
     class Failing(FakeEngine):
-        async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
+        async def stream(self, request: GenerationRequest, interval: float = 0.0) -> AsyncGenerator[list[Arrival], None]:
             raise ModelError("The model has no weights.")
             yield  # a generator
 

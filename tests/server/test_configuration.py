@@ -295,7 +295,7 @@ def test_a_flag_that_cannot_be_used_is_blamed_also_where_the_file_has_the_key(
 def test_what_the_engine_finds_wrong_is_blamed_on_the_source_too(
     monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from knnlm_server import engine_opening
+    from knnlm_server import engine_parts
 
     def refuse(**_: Any) -> None:
         raise InvalidInput("weight", "is 2.0, but must be from 0 to 1.")
@@ -303,17 +303,18 @@ def test_what_the_engine_finds_wrong_is_blamed_on_the_source_too(
     async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
         engine_factory()
 
-    monkeypatch.setattr(engine_opening, "build_async_engine", refuse)
+    monkeypatch.setattr(engine_parts, "build_engine_parts", refuse)
     monkeypatch.setattr(app, "check", load)
     assert serve("store", "--check", KNNLM_SERVE_WEIGHT="2") == (2, {})
     assert "error: KNNLM_SERVE_WEIGHT is 2.0, but must be from 0 to 1.\n" in capsys.readouterr().err
 
 
 def test_what_the_engine_is_told_and_the_log(monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    from knnlm_server import engine_opening
+    from knnlm_server import async_engine, engine_parts
 
     told: dict[str, Any] = {}
-    monkeypatch.setattr(engine_opening, "build_async_engine", lambda **options: told.update(options))
+    monkeypatch.setattr(engine_parts, "build_engine_parts", lambda **options: told.update(options))
+    monkeypatch.setattr(async_engine, "AsyncEngine", lambda parts, observer: None)
 
     async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
         await asyncio.to_thread(engine_factory)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from knnlm.sampling import SamplingParams
 from knnlm_server import converters
+from knnlm_server.client_results import read_events
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.sequence import (
     Alternative,
@@ -107,6 +108,17 @@ def test_messages_and_dataclasses_have_the_same_names(message: Any, params: Any)
 def test_token_events_survive_the_wire(event: TokenEvent) -> None:
     wire = converters.token_message(event).SerializeToString()
     assert converters.read_token(pb.GeneratedToken.FromString(wire)) == event
+
+
+@given(st.lists(tokens, max_size=6), st.lists(finishes, max_size=2), st.sampled_from([1, 200, 1 << 16]))
+def test_streams_survive_the_wire_in_messages_of_any_size(pieces: list[TokenEvent], ends: list[FinishEvent], size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converters, "STREAM_MESSAGE_BYTES", size)
+        messages = list(converters.stream_messages([*pieces, *ends]))
+    assert [event for message in messages for event in read_events(message)] == [*pieces, *ends]
+    assert all(len(message.tokens) + len(message.finishes) >= 1 for message in messages)
+    for message in messages[:-1]:
+        assert message.ByteSize() >= size
 
 
 @given(finishes)

@@ -59,8 +59,8 @@ def test_grpclib_calls(start_server: Start) -> None:
 
 def test_grpclib_streams(start_server: Start) -> None:
     events = with_grpclib(start_server(FakeEngine()).target, lambda channel: streaming(channel)(STREAM_REQUEST))
-    assert [event.WhichOneof("event") for event in events] == ["token", "token", "finish"]
-    assert "".join(event.token.text + event.finish.text for event in events) == "ab!"
+    assert [(len(event.tokens), len(event.finishes)) for event in events] == [(1, 0), (1, 0), (0, 1)]
+    assert "".join(part.text for event in events for part in (*event.tokens, *event.finishes)) == "ab!"
 
 
 def test_grpclib_cancels(start_server: Start) -> None:
@@ -72,7 +72,7 @@ def test_grpclib_cancels(start_server: Start) -> None:
             first = await stream.recv_message()
             await stream.cancel()
         assert first is not None
-        return first.token.text
+        return first.tokens[0].text
 
     assert with_grpclib(start_server(engine).target, use) == "a"
     assert engine.closed.wait(WAIT_SECONDS)
@@ -147,7 +147,7 @@ def test_buf_curl_streams(start_server: Start) -> None:
     target = start_server(FakeEngine()).target
     status, events, _ = buf_curl(target, "StreamGenerate", {"prompt": {"text": "hi"}, "options": JSON_OPTIONS})
     assert status == 0
-    assert [next(iter(event)) for event in events] == ["token", "token", "finish"]
+    assert [next(iter(event)) for event in events] == ["tokens", "tokens", "finishes"]
 
 
 def test_buf_curl_reads_error_details(start_server: Start) -> None:

@@ -95,19 +95,19 @@ def test_best_of_returns_the_most_probable_completions_the_best_first(stub_of: A
 def test_a_stream_has_a_finish_for_each_sample(stub_of: Any) -> None:
     options = pb.GenerationOptions(stopping=OPTIONS.stopping, num_samples=2)
     events = list(stub_of(FakeEngine(["a", "b"])).StreamGenerate(stream(options=options)))
-    assert [event.token.sample for event in events if event.HasField("token")] == [0, 1, 0, 1]
-    assert [event.finish.sample for event in events if event.HasField("finish")] == [0, 1]
+    assert [token.sample for event in events for token in event.tokens] == [0, 1, 0, 1]
+    assert [finish.sample for event in events for finish in event.finishes] == [0, 1]
 
 
 def test_stream_sends_tokens_then_the_finish(stub_of: Any) -> None:
     detail = pb.DetailOptions(log_probs=True, alternatives=2, neighbors=1)
     options = pb.GenerationOptions(stopping=OPTIONS.stopping, detail=detail)
     *tokens, last = stub_of(FakeEngine(["a", "b"])).StreamGenerate(stream(options=options))
-    assert [event.token.text for event in tokens] == ["a", "b"]
-    assert tokens[0].token.knn_log_prob == float("-inf")
-    assert tokens[0].token.neighbors[0].source == "docs/a.txt"
-    assert len(tokens[0].token.alternatives) == 2
-    assert last.finish.text == "!"
+    assert [event.tokens[0].text for event in tokens] == ["a", "b"]
+    assert tokens[0].tokens[0].knn_log_prob == float("-inf")
+    assert tokens[0].tokens[0].neighbors[0].source == "docs/a.txt"
+    assert len(tokens[0].tokens[0].alternatives) == 2
+    assert last.finishes[0].text == "!"
 
 
 def test_each_request_has_an_id_of_its_own(stub_of: Any) -> None:
@@ -121,10 +121,10 @@ def test_each_request_has_an_id_of_its_own(stub_of: Any) -> None:
 def test_tokens_arrive_as_they_are_made(stub_of: Any) -> None:
     engine = FakeEngine(["a", "b"], hold_after=1)
     call = stub_of(engine).StreamGenerate(stream())
-    assert next(call).token.text == "a"
+    assert next(call).tokens[0].text == "a"
     assert not engine.closed.is_set()
     engine.release()
-    assert next(call).token.text == "b"
+    assert next(call).tokens[0].text == "b"
 
 
 def test_cancelling_a_stream_closes_the_engines_generator(stub_of: Any) -> None:
@@ -222,7 +222,7 @@ def test_an_exception_in_the_engine_ends_only_its_own_request(stub_of: Any) -> N
     assert "secret" not in caught.value.details()
     assert details(caught.value, error_details_pb2.RequestInfo).request_id in caught.value.details()
     engine.release()
-    assert [event.WhichOneof("event") for event in other] == ["token", "finish"]
+    assert [(len(event.tokens), len(event.finishes)) for event in other] == [(1, 0), (0, 1)]
 
 
 def test_score(stub_of: Any) -> None:

@@ -36,7 +36,7 @@ def test_a_stream_that_nobody_reads_is_ended_and_says_why_once_it_is_read(start_
     server = start_server(engine, border=Border(metrics=metrics, stall_seconds=0.2))
     with grpc.insecure_channel(server.target) as slow, grpc.insecure_channel(server.target) as other:
         unread = GenerationServiceStub(slow).StreamGenerate(STREAM)
-        assert next(unread).token.index == 0
+        assert next(unread).tokens[0].index == 0
         assert engine.closed.wait(WAIT_SECONDS)
         # Its place is free although the client has still not read.
         assert GenerationServiceStub(other).Detokenize(pb.DetokenizeRequest(token_ids=[104]), timeout=WAIT_SECONDS).text == "h"
@@ -62,4 +62,4 @@ def test_one_who_reads_slowly_but_steadily_gets_everything(start_server: Start) 
     server = start_server(FakeEngine(LONG[:50]), border=Border(stall_seconds=WAIT_SECONDS))
     with grpc.insecure_channel(server.target) as channel:
         events = list(GenerationServiceStub(channel).StreamGenerate(STREAM))
-    assert [event.token.index for event in events[:-1]] == list(range(50))
+    assert [token.index for event in events for token in event.tokens] == list(range(50))

@@ -179,12 +179,12 @@ class StreamGenerateRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Input, _Mapping]] = ..., options: _Optional[_Union[GenerationOptions, _Mapping]] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
-    __slots__ = ("token", "finish")
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    FINISH_FIELD_NUMBER: _ClassVar[int]
-    token: GeneratedToken
-    finish: Finish
-    def __init__(self, token: _Optional[_Union[GeneratedToken, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+    __slots__ = ("tokens", "finishes")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[GeneratedToken]
+    finishes: _containers.RepeatedCompositeFieldContainer[Finish]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[GeneratedToken, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("finish_reason", "text", "prompt_tokens", "completion_tokens", "sample", "evidence")

@@ -84,7 +84,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Continues a prompt and sends each token as it is made, then for each completion one message that says why it ended.
+        """Continues a prompt and sends tokens as they are made, and with the last of each completion why it ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

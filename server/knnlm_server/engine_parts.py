@@ -1,29 +1,74 @@
-"""From paths of datastores to an engine that serves them: their model opened and proven, and its memory planned."""
+"""What an engine is made of: model, tokenizer, datastores, limits; from paths and options to an engine that is warm."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import knnlm
-from knnlm.errors import InvalidInput
+from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
+from knnlm.sampling import SamplingParams
 from knnlm.thread_pools import available_threads, size_thread_pools, thread_changes, thread_facts
-from knnlm_server.async_engine import AsyncEngine
+from knnlm.tokenization import TextTokenizer
 from knnlm_server.datastores import Datastores, StoreOptions
+from knnlm_server.engine import DecodingEngine, Output
 from knnlm_server.memory_plan import SHARE, free_memory, measured_costs, plan_memory
 from knnlm_server.scheduler import STEP_TOKENS
-from knnlm_server.sequence import Limits, ServerInfo
+from knnlm_server.sequence import GenerationRequest, Limits, RetrievalParams, ServerInfo, StoppingParams
 from knnlm_server.serving_check import check_servable
 from knnlm_server.telemetry import EngineObserver
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
-def build_async_engine(
+@dataclass(frozen=True)
+class EngineParts:
+    """All that a :class:`DecodingEngine` needs. ``info``: what is told of the server, but for its datastores; ``threads`` that
+    torch and FAISS each have (None: as they are); ``engine_options``: further ones of :class:`DecodingEngine`.
+    """
+
+    model: HFLanguageModel
+    tokenizer: TextTokenizer
+    datastores: Datastores
+    info: ServerInfo
+    threads: int | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def info_now(self) -> ServerInfo:
+        """What is served now."""
+        return replace(self.info, datastores=self.datastores.info)
+
+    def warm_engine(self, observer: EngineObserver | None = None) -> DecodingEngine:
+        """An engine that has run once, so that its first request does not wait for what only the first one waits for."""
+        if self.threads is not None:
+            size_thread_pools(self.threads)
+        observed = {} if observer is None else {"observer": observer}
+        engine = DecodingEngine(self.model, self.tokenizer, self.datastores, self.info.limits, **{**self.engine_options, **observed})
+        self.datastores.warm_up()
+        self._warm_up(engine)
+        return engine
+
+    def _warm_up(self, engine: DecodingEngine) -> None:
+        """Two tokens for a short prompt: every part runs once before the first request."""
+        served = self.datastores.info
+        retrieval = served[0].default_retrieval if served else RetrievalParams(0.0, 1, 1.0)
+        stopping = StoppingParams(max_new_tokens=2, ignore_eos=True)
+        engine.add(GenerationRequest("warm-up", (0, 0), SamplingParams(temperature=0.0), stopping, retrieval))
+        outputs: list[Output] = []
+        while not engine.idle:
+            outputs += engine.step()
+        for output in outputs:
+            if isinstance(output.content, KNNLMError):
+                raise output.content
+
+
+def build_engine_parts(
     stores: Mapping[str, Path],
     *,
     model: str | None = None,
@@ -44,9 +89,9 @@ def build_async_engine(
     allow_unproven: bool = False,
     threads: int | None = None,
     settings: Mapping[str, str] | None = None,
-    observer: EngineObserver | None = None,
-) -> AsyncEngine:
-    """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
+) -> EngineParts:
+    """Open the datastores (by name, the default first) and their model, check that it can be served, and put together
+    what an engine needs.
 
     ``context``: most tokens of prompt and completion (None: the model's context, as far as it fits). ``max_concurrent``: None
     for as many as fit. ``memory_bytes`` and ``prefix_cache_bytes``: see :func:`~knnlm_server.memory_plan.plan_memory`.
@@ -62,7 +107,7 @@ def build_async_engine(
     threads = available_threads() if threads is None else threads
     size_thread_pools(threads)
     for change in thread_changes(thread_facts()):
-        logger.warning("%s", change)
+        _log.warning("%s", change)
     (name, path), *others = stores.items()
     opened = open_store(
         path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
@@ -73,7 +118,7 @@ def build_async_engine(
         slots=max_concurrent, context=_context(opened.model, context), prefix_bytes=prefix_cache_bytes, step_tokens=step_tokens,
     )  # fmt: skip
     for line in plan.describe():
-        logger.info("%s", line)
+        _log.info("%s", line)
     made = Limits(**{**(limits or {}), "context": plan.context, "max_concurrent": plan.slots})
     if not allow_unproven:
         check_servable(opened.model, made.context)
@@ -85,10 +130,8 @@ def build_async_engine(
     facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
     facts |= {"memory": str(plan.needed), "prefix_cache": str(plan.prefix_bytes)}
     info = _info(opened, made, {**facts, **(settings or {})})
-    return AsyncEngine(
-        opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer,
-        prefix_bytes=plan.prefix_bytes, overlap=overlap,
-    )  # fmt: skip
+    engine_options = {"step_tokens": step_tokens, "prefix_bytes": plan.prefix_bytes, "overlap": overlap}
+    return EngineParts(opened.model, opened.knn_lm.tokenizer, datastores, info, threads, engine_options)
 
 
 def _context(model: HFLanguageModel, context: int | None) -> int | None:
