@@ -35,10 +35,14 @@ def followed_lengths(contexts: Tensor, neighbors: Neighbors, store: Datastore) -
     ``contexts`` [n, 16] int64: the last tokens that the LM has read, the newest last, -1 where there are no more;
     ``neighbors`` [n, k] of ``store``.
     """
+    lengths = followed_by_each(contexts, neighbors, store)
+    return lengths.max(1).values if lengths.shape[1] else torch.zeros(len(contexts), dtype=torch.int64)
+
+
+def followed_by_each(contexts: Tensor, neighbors: Neighbors, store: Datastore) -> Tensor:
+    """What :func:`followed_lengths` takes the largest of: [n, min(k, 8)] int64, 0 where a place holds no neighbour."""
     ids = neighbors.ids[:, :FOLLOWED_NEIGHBORS]
-    if ids.shape[1] == 0:
-        return torch.zeros(len(contexts), dtype=torch.int64)
     before = store.left_contexts(ids.clamp(min=0).flatten(), FOLLOWED_TOKENS).view(*ids.shape, FOLLOWED_TOKENS)
     same = (before == contexts[:, None, :]) & (before >= 0) & (ids >= 0)[:, :, None]
     # From the newest back to the first that differs.
-    return same.flip(2).long().cumprod(2).sum(2).max(1).values
+    return same.flip(2).long().cumprod(2).sum(2)
