@@ -11,23 +11,32 @@ from knnlm.gate import FEATURES, LM_FEATURES, DistanceBuckets, Gate, Network, Sk
 from tests import reference
 
 FEW = (0.0, 0.35, 0.8)
+# Of a tiny model over its datastore, by feature.
+TINY_MEANS = (5.1, -3.1, -3.0, 2.5, 0.7, 1.6, -1.1, -6.1, -29.0, 6.2, 0.0, 1.8, 1.3)
+TINY_SCALES = (0.09, 0.4, 7.0, 0.3, 0.7, 0.4, 0.4, 1.0, 4.0, 0.5, 0.2, 0.3, 1.0)
 
 
-def network(width: int, seed: int, scale: float = 1.0) -> Network:
-    """A random one with a hidden layer, over features as they are."""
+def network(width: int, seed: int, scale: float = 1.0, *, tiny: bool = False) -> Network:
+    """A random one with a hidden layer, over features as they are or, where ``tiny``, around those of a tiny model."""
     chance = np.random.default_rng(seed)
 
     def layer(inputs: int, outputs: int) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
         matrix = chance.normal(size=(outputs, inputs)) * scale
         return tuple(tuple(map(float, row)) for row in matrix), tuple(map(float, chance.normal(size=outputs)))
 
-    return Network((0.0,) * width, (1.0,) * width, (layer(width, 4), layer(4, 1)))
+    means, scales = (TINY_MEANS[:width], TINY_SCALES[:width]) if tiny else ((0.0,) * width, (1.0,) * width)
+    return Network(means, scales, (layer(width, 4), layer(4, 1)))
 
 
 def random_gate(seed: int, *, skip: float | None = 0.5, floor: float = 0.3) -> Gate:
     """A network that gives many weights, 0 among them; about half of the rows are not searched (``skip`` None: all are)."""
     rule = None if skip is None else SkipRule(network(len(LM_FEATURES), seed + 1), skip)
     return Gate(network(len(FEATURES), seed, 0.5), floor, rule)
+
+
+def tiny_gate(seed: int) -> Gate:
+    """As :func:`random_gate`, for a tiny model over its datastore."""
+    return Gate(network(len(FEATURES), seed, tiny=True), 0.4, SkipRule(network(len(LM_FEATURES), seed + 1, tiny=True), 0.3))
 
 
 def buckets(*edges: float, weights: Sequence[float] = FEW) -> Gate:

@@ -66,7 +66,7 @@ class Setting:
 
     def score(self, rows: list[int], mixture: Mixture | None = None) -> scoring.ScoredBatch:
         batch = scoring.ReadBatch(torch.tensor(rows), self.targets[rows], self.lm[rows], self.queries[rows], self.contexts[rows])
-        with mock.patch.object(scoring, "read", lambda *_, **__: iter([batch])):
+        with mock.patch.object(scoring, "read", return_value=iter([batch])):
             (scored,) = scoring.score(self.knn_lm, [], Windowing(8, 4), mixture)
         return scored
 
