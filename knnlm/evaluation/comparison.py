@@ -233,7 +233,7 @@ class Leakage:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class ComparedBaseline:
     """Another way to use the datastore's tokens, on the same targets. ``log_probs`` [n] float32; ``perplexity`` of it;
     ``change`` against the base LM and its ``interval``; ``knn_change``: of the kNN-LM against it, with ``knn_interval``."""
 
@@ -278,7 +278,7 @@ class Comparison:
     knn_reliability: Reliability
     cost: Cost
     leakage: Leakage
-    baselines: Mapping[str, Baseline]
+    baselines: Mapping[str, ComparedBaseline]
     per_token: PerToken
 
     @property
