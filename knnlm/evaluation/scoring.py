@@ -7,7 +7,7 @@ are this one loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,11 @@ class ScoredBatch:
 
 
 def score(
-    knn_lm: KNNLanguageModel,
-    documents: Iterable[IntArray],
-    windowing: Windowing,
-    mixture: Mixture,
-    *,
-    batch_tokens: int = 2048,
-    observe: Callable[[ReadBatch], None] = lambda batch: None,
+    knn_lm: KNNLanguageModel, documents: Iterable[IntArray], windowing: Windowing, mixture: Mixture, *, batch_tokens: int = 2048
 ) -> Iterator[ScoredBatch]:
     """Score every token but the first of each document (1-D arrays of token ids), batch by batch.
 
-    Rows are numbered in document order: document 0's token 1 is row 0. Batches hold windows of one length. ``observe`` sees
-    each batch as the LM read it, in nobody's time.
+    Rows are numbered in document order: document 0's token 1 is row 0. Batches hold windows of one length.
     """
     started = time.perf_counter()
     for batch in read(knn_lm.model, documents, windowing, batch_tokens=batch_tokens):
@@ -79,7 +72,6 @@ def score(
         weight = effective_weight(torch.full((len(lm),), mixture.weight, dtype=torch.float64), neighbors.found)
         mixed = interpolate(lm, knn, weight)
         yield ScoredBatch(batch.rows, lm, knn, mixed, neighbors, after_lm - started, time.perf_counter() - after_lm)
-        observe(batch)
         started = time.perf_counter()
 
 
