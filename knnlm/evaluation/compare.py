@@ -86,7 +86,7 @@ def compare(
     ``progress`` is called with the number of tokens scored so far. Raises :class:`CorpusError` if no token can be
     scored.
     """
-    mixture = (mixture or knn_lm.mixture).validate()
+    applied = (mixture or knn_lm.mixture).validate()
     held = list(documents)
     tokens = sum(max(len(document.ids) - 1, 0) for document in held)
     if not tokens:
@@ -97,7 +97,8 @@ def compare(
     for batch in score(knn_lm, (document.ids for document in held), store.manifest.windowing, mixture, batch_tokens=batch_tokens):
         rows = batch.rows.numpy()
         lm[rows], knn[rows], mixed[rows] = batch.lm_log_probs.numpy(), batch.knn_log_probs.numpy(), batch.log_probs.numpy()
-        lm_seconds, knn_seconds, done = lm_seconds + batch.lm_seconds, knn_seconds + batch.knn_seconds, done + len(rows)
+        lm_seconds, knn_seconds = lm_seconds + batch.lm_seconds, knn_seconds + batch.search_seconds + batch.mix_seconds
+        done += len(rows)
         progress(done)
     per_token = _per_token(held, lm, knn, mixed)
     clusters, names = _clusters(per_token)
@@ -109,7 +110,7 @@ def compare(
     return Comparison(
         documents=len(held),
         tokens=tokens,
-        mixture=mixture,
+        mixture=applied,
         base=base,
         knn=with_knn,
         change=change - 1,
