@@ -14,7 +14,6 @@ from knnlm.evaluation.baselines.continuous_cache import CacheSettings, QueryTape
 from knnlm.evaluation.baselines.ngram import NGramModel
 from knnlm.evaluation.compare import compare
 from knnlm.evaluation.scoring import score
-from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
 from tests.stores import build, text_folder
@@ -58,9 +57,9 @@ def test_beside_a_comparison_both_have_its_rows(opened: OpenedKNNLM, tmp_path: P
     held = opened.read(opened.corpus(text_folder(tmp_path / "held", ["a", *tiny_corpus(3, seed=7)])))
     per_token = compare(opened.knn_lm, opened.store, held).per_token
     with QueryTape() as tape:
-        batches = list(
-            score(opened.knn_lm, [d.ids for d in held], opened.store.manifest.windowing, Mixture(), batch_tokens=50, observe=tape.record)
-        )
+        batches = list(score(opened.knn_lm, [document.ids for document in held], opened.store.manifest.windowing, batch_tokens=50))
+        for batch in batches:
+            tape.record(batch.read)
         cache = cache_baseline(tape, held, per_token.lm_logprob, opened.knn_lm.mixture)
         expected = cache_log_probs(tape, held, CacheSettings(2000, 0.2))
     ngram = ngram_baseline(opened.store, held, per_token.lm_logprob)
