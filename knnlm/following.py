@@ -6,6 +6,8 @@ neighbour, retrieval has been following that document for as many steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ from knnlm.neighbors import Neighbors
 
 FOLLOWED_TOKENS = 16
 FOLLOWED_NEIGHBORS = 8
+
+
+def context_of(tokens: Sequence[int]) -> list[int]:
+    """The last of ``tokens``, 16 of them, -1 in front where there are fewer: what :func:`followed_lengths` takes of one row."""
+    last = list(tokens[-FOLLOWED_TOKENS:])
+    return [-1] * (FOLLOWED_TOKENS - len(last)) + last
+
+
+def contexts_of(tokens: Tensor) -> Tensor:
+    """:func:`context_of` at each column of ``tokens`` [n, length] int64 with all tokens up to it: [n, length, 16] int64."""
+    return torch.nn.functional.pad(tokens, (FOLLOWED_TOKENS - 1, 0), value=-1).unfold(1, FOLLOWED_TOKENS, 1)
 
 
 def followed_lengths(contexts: Tensor, neighbors: Neighbors, store: Datastore) -> Tensor:
