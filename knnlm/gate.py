@@ -125,7 +125,7 @@ class DistanceBuckets:
 
     def __call__(self, features: Tensor) -> Tensor:
         """λ [n] float64 for ``features`` [n, 13]."""
-        nearest = features[:, FEATURES.index("nearest")]
+        nearest = features[:, FEATURES.index("nearest")].contiguous()
         edges = torch.tensor(self.edges, dtype=torch.float64).clamp(min=LEAST_DISTANCE).log()
         return torch.tensor(self.weights, dtype=torch.float64)[torch.bucketize(nearest, edges)]
 
