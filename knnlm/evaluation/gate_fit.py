@@ -114,11 +114,11 @@ def fit_buckets(data: GateData, importance: Array, count: int) -> DistanceBucket
     found = ~np.isnan(data.knn)
     most = max(1, int(found.sum()) // FEWEST_IN_BUCKET)
     shares = np.arange(1, min(count, most)) / min(count, most)
-    edges = np.unique(np.quantile(nearest[found], shares)) if found.any() else np.empty(0)
-    place = np.searchsorted(edges, nearest)
+    edges = np.unique(np.quantile(nearest[found], shares)).tolist() if found.any() else []
+    place = DistanceBuckets(tuple(edges), (0.0,) * (len(edges) + 1)).places(data.features).numpy()
     buckets = [found & (place == number) for number in range(len(edges) + 1)]
     weights = [best_weight(data.lm[rows], data.knn[rows], importance[rows])[0] if rows.any() else 0.0 for rows in buckets]
-    return DistanceBuckets(tuple(edges.tolist()), tuple(weights))
+    return DistanceBuckets(tuple(edges), tuple(weights))
 
 
 def buckets_held_out(taught: Lesson) -> Fitted:

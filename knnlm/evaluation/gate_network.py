@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from knnlm.gate import Network
 
 SEED = 0
-EPOCHS = 40
-FEWEST_STEPS = 64
+EPOCHS = 24
+FEWEST_STEPS = 32
 MOST_ROWS = 1024
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 8e-3
 DECAY = 1e-3
 AVERAGED_STEPS = 100
 LEAST_SCALE, NO_SAY = 1e-6, 1e9
@@ -111,7 +111,7 @@ def _layers(width: int, hidden: Sequence[int], start: float) -> nn.Sequential:
 
 
 def _batches(rows: int, order: torch.Generator) -> Iterator[Tensor]:
-    """All rows once, in batches that give an epoch at least 64 steps where there are as many rows."""
+    """All rows once, in batches that give an epoch at least 32 steps where there are as many rows."""
     size = max(1, min(MOST_ROWS, rows // FEWEST_STEPS))
     return iter(torch.randperm(rows, generator=order).split(size))
 
