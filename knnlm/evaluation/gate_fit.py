@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from knnlm.evaluation.gate_data import GateData
-from knnlm.evaluation.gate_network import EPOCHS, Examples, fit_epochs, log_gain
+from knnlm.evaluation.gate_network import Examples, fit_epochs, log_gain
 from knnlm.evaluation.mixture_fit import best_weight
 from knnlm.gate import FEATURES, DistanceBuckets, Network
 
@@ -22,6 +22,7 @@ FOLDS = 4
 SEED = 0
 BUCKETS = (2, 4, 8, 16, 32, 64)
 FEWEST_IN_BUCKET = 50
+EPOCHS = 24
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic function": (), "network": (24,)}
 NEGATIVE_SHARE = 0.2
 FLOORS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -144,7 +145,7 @@ def network_held_out(taught: Lesson, name: str, start: float) -> Fitted:
     weights = np.empty((EPOCHS, len(data)))
     for fit, judge in taught.splits():
         features = data.features[torch.from_numpy(judge)]
-        for epoch, network in enumerate(fit_epochs(taught.examples(fit), hidden, start)):
+        for epoch, network in enumerate(fit_epochs(taught.examples(fit), hidden, start, epochs=EPOCHS)):
             weights[epoch, judge] = network(features).numpy()
     best = int(np.argmin([taught.loss(of_epoch) for of_epoch in weights]))
     form = fit_epochs(taught.examples(np.ones(len(data), bool)), hidden, start, epochs=best + 1)[-1]

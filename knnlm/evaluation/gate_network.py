@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from knnlm.gate import Network
 
 SEED = 0
-EPOCHS = 24
 FEWEST_STEPS = 32
 MOST_ROWS = 1024
 LEARNING_RATE = 8e-3
@@ -62,7 +61,7 @@ def squared_loss(values: Tensor, wanted: Tensor) -> Tensor:
     return (values - wanted).square()
 
 
-def fit_epochs(examples: Examples, hidden: Sequence[int], start: float, loss: Loss = mixture_loss, epochs: int = EPOCHS) -> list[Network]:
+def fit_epochs(examples: Examples, hidden: Sequence[int], start: float, loss: Loss = mixture_loss, *, epochs: int) -> list[Network]:
     """The network after each epoch of fitting. ``hidden``: widths of its tanh layers (none: a logistic function); ``start``:
     what it says of everything at first, above 0 and below 1.
 

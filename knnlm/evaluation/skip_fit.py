@@ -86,4 +86,4 @@ def _fit(taught: Lesson, targets: Array, chosen: Array) -> Network:
     """A network over the LM's features that predicts ``targets`` [n]."""
     features = taught.data.lm_features[torch.from_numpy(chosen)]
     examples = Examples(features, torch.from_numpy(targets[chosen]), torch.from_numpy(taught.importance[chosen]))
-    return fit_epochs(examples, HIDDEN, 0.5, squared_loss, EPOCHS)[-1]
+    return fit_epochs(examples, HIDDEN, 0.5, squared_loss, epochs=EPOCHS)[-1]

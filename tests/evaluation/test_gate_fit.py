@@ -57,22 +57,22 @@ def test_buckets_against_a_fine_grid(seed: int, count: int) -> None:
     importance = random.uniform(0.2, 2, len(data))
     form = fit_buckets(data, importance, count)
     assert len(form.weights) <= count
-    weights = form(data.features).numpy()
+    weights, places = form(data.features).numpy(), form.places(data.features).numpy()
     nearest = np.exp(data.features[:, NEAREST].numpy())
     for number, weight in enumerate(form.weights):
         low = 0.0 if number == 0 else form.edges[number - 1]
         high = np.inf if number == len(form.edges) else form.edges[number]
-        # Up to the rounding of a logarithm.
-        rows = (nearest > low * (1 + 1e-12)) & (nearest <= high * (1 - 1e-12)) & ~np.isnan(data.knn)
+        rows = (places == number) & ~np.isnan(data.knn)
         assert rows.sum() >= 40
+        # Up to the rounding of a logarithm.
+        assert ((nearest[rows] > low * (1 - 1e-12)) & (nearest[rows] <= high * (1 + 1e-12))).all()
         np.testing.assert_allclose(weights[rows], weight)
 
         def slow(value: float, rows: Any = rows) -> float:
             mixed = [math.log(value * math.exp(b) + (1 - value) * math.exp(a)) for a, b in zip(data.lm[rows], data.knn[rows], strict=True)]
             return -float(np.dot(mixed, importance[rows]))
 
-        # One token at an edge changes the best weight a little.
-        assert slow(weight) <= min(slow(other) for other in np.linspace(0, 0.99, 100)) + 1e-4
+        assert slow(weight) <= min(slow(other) for other in np.linspace(0, 0.99, 100)) + 1e-6
 
 
 def test_buckets_of_equal_distances_and_of_none() -> None:
@@ -93,7 +93,7 @@ def test_the_loss_is_the_mixtures() -> None:
     found = mixture_loss(torch.from_numpy(weights), log_gain(data.lm, data.knn))
     np.testing.assert_allclose(found, slow, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(data.log_probs(weights), data.lm - slow, rtol=1e-9)
-    assert bool(mixture_loss(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, -1.0])).isfinite().all())
+    assert bool(mixture_loss(torch.tensor([0.0, 1.0]).double(), torch.tensor([-1.0, -1.0]).double()).isfinite().all())
 
 
 @pytest.mark.parametrize("hidden", [(), (6,)])
@@ -162,8 +162,9 @@ def test_shares_of_what_is_negative() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small network, few numbers of buckets."""
+    """Fewer epochs, and one number of buckets."""
     monkeypatch.setattr(gate_fit, "BUCKETS", (4,))
+    monkeypatch.setattr(gate_fit, "EPOCHS", 10)
 
 
 @pytest.mark.usefixtures("quick")
@@ -181,7 +182,7 @@ def test_a_useless_datastore_gets_no_weight() -> None:
 def test_a_datastore_that_knows_all_gets_much() -> None:
     data = tokens(800, helpful=1.0, missing=0.0)
     taught = lesson(data, None, [])
-    assert network_held_out(taught, "logistic function", 0.5).held_out.mean() > 0.9
+    assert network_held_out(taught, "logistic function", 0.2).held_out.mean() > 0.6, "from 0.2, in a few epochs"
     assert buckets_held_out(taught).held_out.mean() > 0.9
 
 
