@@ -69,12 +69,13 @@ def test_features_are_those_of_serving(
 
 
 def test_a_gate_mixes_as_the_cache_says(opened: OpenedKNNLM, held: list[TokenizedDocument], cache: NeighborCache) -> None:
-    random = np.random.default_rng(3)
-    layer = (tuple(random.normal(size=len(FEATURES)).tolist()),)
-    width = len(FEATURES)
-    skip = SkipRule(Network((2.0, -1.0), (1.0, 1.0), ((((1.0, 1.0),), (0.0,)),)), 0.5)
-    gate = Gate(Network((0.0,) * width, (3.0,) * width, ((layer, (0.0,)),)), 0.3, skip)
     data = gate_data(cache, 5, 4.0)
+    means, scales = data.features.mean(0), data.features.std(0) + 1
+    outgoing = tuple(np.random.default_rng(3).normal(size=len(FEATURES)).tolist())
+    form = Network(tuple(means.tolist()), tuple(scales.tolist()), (((outgoing,), (0.0,)),))
+    entropy = float(data.lm_features[:, 0].median())
+    skip = SkipRule(Network((entropy, 0.0), (1.0, 1.0), ((((1.0, 0.0),), (0.0,)),)), 0.45)
+    gate = Gate(form, 0.3, skip)
     weights = gate.weights(data.features)
     weights[gate.skips(data.lm_features)] = 0.0
     assert 0 < float((weights == 0).double().mean()) < 1
