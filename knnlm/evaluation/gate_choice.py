@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,10 @@ class GateChoice:
     skip_curve: tuple[SkipPoint, ...]
 
     def measured(self) -> dict[str, Any]:
-        """For a profile, and as JSON: everything but the gate itself."""
-        return {name: value for name, value in asdict(self).items() if name != "gate"} | {"has_gate": self.gate is not None}
+        """For a profile, and as JSON: everything but the gate itself; None for a standard error that one cluster can't give."""
+        content = asdict(replace(self, gate=None), dict_factory=_finite)
+        del content["gate"]
+        return {**content, "has_gate": self.gate is not None}
 
 
 def choose_gate(useful: GateData, shuffled: GateData | None, negatives: Mapping[str, GateData]) -> GateChoice | None:
@@ -114,3 +116,7 @@ def _judge(taught: Lesson, name: str, detail: str, weights: Array, beside: Array
         ratio - 1,
         ratio * standard_error(others - log_probs, clusters),
     )
+
+
+def _finite(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in items}

@@ -223,7 +223,12 @@ def test_the_choice_is_deterministic_and_goes_through_json() -> None:
     best = min(choice.forms, key=lambda judged: judged.perplexity)
     assert choice.chosen == best.name
     assert best.perplexity < choice.fixed.perplexity < choice.base.perplexity
-    assert json.loads(json.dumps(choice.measured())) == json.loads(json.dumps(choice.measured()))
+    alone = choose_gate(data, tokens(60, documents=1), {})
+    assert alone is not None
+    assert alone.measured()["negatives"][0]["standard_error"] is None, "one cluster says nothing of its error"
+    for found in (choice, alone):
+        # Tuples become lists; nothing else may change, and no NaN, which is no JSON.
+        assert json.loads(json.dumps(found.measured(), allow_nan=False))["chosen"] == found.chosen
 
 
 def test_one_short_document_can_not_be_held_out() -> None:
