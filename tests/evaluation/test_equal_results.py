@@ -73,7 +73,7 @@ def other_threads(opened: OpenedKNNLM, documents: list[TokenizedDocument], mixtu
 
 
 def compared(opened: OpenedKNNLM, documents: list[TokenizedDocument], mixture: Mixture | None) -> Scores:
-    return compare(opened.knn_lm, opened.store, documents, mixture=mixture).per_token.logprob.astype(np.float64)
+    return compare(opened.knn_lm, opened.store, documents, mixture=mixture, auto_exclude=False).per_token.logprob.astype(np.float64)
 
 
 def small_batches(opened: OpenedKNNLM, documents: list[TokenizedDocument], mixture: Mixture | None) -> Scores:
