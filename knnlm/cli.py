@@ -212,8 +212,8 @@ def run(command: Any, arguments: list[str] | None = None) -> int:
 
 
 def _option(field: str) -> str:
-    """As it was written: a path of fields and an environment variable stand for themselves."""
-    return field if "." in field or field.isupper() else f"--{field.replace('_', '-')}"
+    """As it was written: a path of fields, an environment variable and what has several words stand for themselves."""
+    return field if "." in field or " " in field or field.isupper() else f"--{field.replace('_', '-')}"
 
 
 def _fail(sentence: str, status: int) -> int:

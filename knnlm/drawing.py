@@ -78,7 +78,7 @@ def _truncate_further(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = MinPLogitsWarper(min_p=float(params.min_p))(_NO_IDS, scores)
     if params.typical_p < 1.0:
         typical = cast("Callable[[Any, Tensor], Tensor]", TypicalLogitsWarper(mass=float(params.typical_p)))
-        # It sums along rows, so each comes alone.
+        # It sums along rows, so each comes alone; all of them at once take as long, since most of it is sorting.
         scores = torch.cat([typical(None, row) for row in scores.split(1)])
     return scores
 

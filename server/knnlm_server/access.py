@@ -1,4 +1,4 @@
-"""Who may call what: bearer tokens from a file, each with a name and roles. Knows no service and no gRPC.
+"""Who may call what: bearer tokens from a file, each with a name and roles, or client certificates. Knows no service and no gRPC.
 
 The file is TOML, one table for each token::
 
@@ -16,7 +16,7 @@ import hashlib
 import hmac
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,18 +55,21 @@ class Access(Protocol):
     def asks_for_tokens(self) -> bool:
         """Whether a call without a token is refused."""
 
-    def caller(self, metadata: Metadata) -> Caller:
-        """Who sent a call with this metadata; raises :class:`TokenMissing`."""
+    def caller(self, metadata: Metadata, certified: str = "") -> Caller:
+        """Who sent a call with this metadata; raises :class:`TokenMissing`.
+
+        ``certified``: the name in the client's certificate, which TLS has checked; empty where there is none.
+        """
 
 
 class OpenAccess:
-    """Everyone may do everything that a port offers."""
+    """Everyone may do everything that a port offers; callers are told apart by their certificates, where they have one."""
 
     asks_for_tokens = False
 
-    def caller(self, metadata: Metadata) -> Caller:
+    def caller(self, metadata: Metadata, certified: str = "") -> Caller:
         """See :meth:`Access.caller`."""
-        return Caller("", ROLES)
+        return Caller(certified, ROLES)
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,14 @@ class _Token:
 
 
 class TokenAccess:
-    """Callers by bearer tokens; raises :class:`InvalidInput` for a file that can't be used."""
+    """Callers by bearer tokens, whatever their certificates say; raises :class:`InvalidInput` for a file that can't be used."""
 
     asks_for_tokens = True
 
     def __init__(self, path: Path) -> None:
         self._tokens = WatchedFiles([path], lambda: read_tokens(path))
 
-    def caller(self, metadata: Metadata) -> Caller:
+    def caller(self, metadata: Metadata, certified: str = "") -> Caller:
         """See :meth:`Access.caller`. Takes equally long for every token that is wrong."""
         digest = hashlib.sha256(_bearer(metadata)).digest()
         # No early end: how long it takes must not tell which token was the right one, or how nearly.
@@ -93,6 +96,18 @@ class TokenAccess:
         if not matches:
             raise TokenMissing("The call's bearer token is not known to this server; ask its operator for one.")
         return matches[0]
+
+
+def certified_name(properties: Mapping[str, Iterable[bytes]]) -> str:
+    """The name that a client's certificate gives its holder: the common name, else the first alternative one; empty without any.
+
+    ``properties``: what gRPC knows of the connection (its ``auth_context``).
+    """
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        names = [name.decode(errors="backslashreplace") for name in properties.get(key, ())]
+        if names and names[0]:
+            return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in names[0])  # it goes to the log
+    return ""
 
 
 def _bearer(metadata: Metadata) -> bytes:

@@ -100,7 +100,7 @@ class AdminClient:
         try:
             return method(request, timeout=timeout, metadata=self._connection.metadata(request_id))
         except grpc.RpcError as error:
-            raise failure_of(error, self.target) from error
+            raise failure_of(error, self.target, self._connection.diagnosis) from error
 
 
 def _served(response: pb.LoadDatastoreResponse | pb.ReloadDatastoreResponse) -> ServedDatastore:

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from knnlm.datastore.selection import parse_conditions
 from knnlm.errors import InvalidInput
 from knnlm_server.engine_protocol import DatastoreAdmin
+from knnlm_server.field_checks import refuse_unknown
 from knnlm_server.pb import admin_pb2 as pb
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceServicer
-from knnlm_server.request_reader import refuse_unknown
 from knnlm_server.sequence import DATASTORE_NAME
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["AdminService"].full_name

@@ -30,7 +30,9 @@ from knnlm_server.listening import GRPCPort, Place
 from knnlm_server.metrics import Metrics, MetricsPort
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 from knnlm_server.pb.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService, RequestGate
+from knnlm_server.reading_lanes import ReadingLanes
+from knnlm_server.request_gate import RequestGate
+from knnlm_server.service import SERVICE_NAME, STALL_SECONDS, GenerationService
 from knnlm_server.tls import TLS
 from knnlm_server.tracing import NoTracing, Tracing
 
@@ -91,6 +93,7 @@ class GenerationServer:
         self._engine, self._border, self._admin, self._check = engine, border or Border(), admin, check
         limits = engine.info.limits
         self._gate = RequestGate("The server is starting; try again soon.", limits.max_concurrent + limits.max_waiting_requests)
+        self._reading = ReadingLanes()
         self._health = health.aio.HealthServicer()
         self._services: set[str] = set()
         self._ports: list[GRPCPort] = []
@@ -173,6 +176,7 @@ class GenerationServer:
             settings=dict(border.settings),
             stall_seconds=border.stall_seconds,
             log_prompts=border.log_prompts,
+            reading=self._reading,
         )
 
     def _open(self, place: Place, services: Mapping[str, Callable[[grpc.aio.Server], None]]) -> GRPCPort:
@@ -192,6 +196,7 @@ class GenerationServer:
 
     async def _close(self, grace: float | None) -> None:
         await asyncio.gather(*(port.stop(grace) for port in self._ports))
+        self._reading.close()
         if self._metrics_port is not None:
             await asyncio.to_thread(self._metrics_port.stop)
 
@@ -278,11 +283,13 @@ async def check(
 
 
 def ensure_reachable_as_meant(main: Place, border: Border) -> None:
-    """Raise :class:`CannotListen` for a place that can't be had and :class:`InvalidInput` for an admin service that is open
-    to a network; warn of others that are."""
-    for place in (main, border.admin, border.metrics_place):
-        if place is not None:
-            place.ensure_free()
+    """Raise :class:`CannotListen` for a place that can't be had and :class:`InvalidInput` for one that is asked for twice and
+    for an admin service that is open to a network; warn of others that are."""
+    places = [place for place in (main, border.admin, border.metrics_place) if place is not None]
+    for number, place in enumerate(places):
+        for earlier in places[:number]:
+            place.ensure_apart(earlier)
+        place.ensure_free()
     tls, access = border.tls, border.access
     known = access.asks_for_tokens or (tls is not None and tls.asks_for_client_certificates)
     if border.admin is not None and not known and not border.admin.is_loopback:

@@ -9,27 +9,22 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import knnlm
-from knnlm.errors import InvalidInput, KNNLMError
+from knnlm.errors import KNNLMError
 from knnlm.model import HFLanguageModel
-from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
-from knnlm.thread_pools import available_threads, size_thread_pools, thread_changes, thread_facts
+from knnlm.thread_pools import size_thread_pools
 from knnlm.tokenization import TextTokenizer
-from knnlm_server.datastores import Datastores, StoreOptions
+from knnlm_server.datastores import Datastores
 from knnlm_server.engine import DecodingEngine, Output
-from knnlm_server.errors import EngineFailed, ReadTooSlowly, ShuttingDown
-from knnlm_server.memory_plan import SHARE, free_memory, measured_costs, plan_memory
-from knnlm_server.scheduler import STEP_TOKENS
+from knnlm_server.errors import EngineFailed, ShuttingDown
+from knnlm_server.listeners import Content, Listener, deliver
 from knnlm_server.sequence import (
     FinishEvent,
     GenerationRequest,
-    Limits,
     RetrievalParams,
     RetrieveRequest,
     RetrieveResult,
@@ -39,54 +34,11 @@ from knnlm_server.sequence import (
     StoppingParams,
     TokenEvent,
 )
-from knnlm_server.serving_check import check_servable
 from knnlm_server.store_watch import SECONDS_BETWEEN_LOOKS
-from knnlm_server.telemetry import EngineObserver
 
 logger = logging.getLogger(__name__)
 
-Content = TokenEvent | FinishEvent | ScoreResult | RetrieveResult | KNNLMError
 Command = Callable[[DecodingEngine], None]
-
-
-SECONDS_TO_CATCH_UP = 1.0
-
-
-class _Listener:
-    """One request's way back: what the engine hands out arrives in the event loop of the request.
-
-    One who is more than ``most_unread`` events behind, and some time later still, is ended: what was not read is dropped
-    for a :class:`ReadTooSlowly`, and ``leave`` is called.
-    """
-
-    def __init__(self, most_unread: int, leave: Callable[[], None]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.contents: asyncio.Queue[Content] = asyncio.Queue()
-        self._most_unread, self._leave = most_unread, leave
-        self._judging: asyncio.TimerHandle | None = None
-        self._ended = False
-
-    def take(self, content: Content) -> None:
-        """Keep what the engine handed out, to be read from ``contents``."""
-        if self._ended:
-            return
-        self.contents.put_nowait(content)
-        if self._judging is None and self.contents.qsize() > self._most_unread:
-            # Not at once: where the loop itself was busy, events of many steps arrive together.
-            self._judging = self.loop.call_later(SECONDS_TO_CATCH_UP, self._judge)
-
-    def _judge(self) -> None:
-        self._judging = None
-        behind = self.contents.qsize()
-        if behind <= self._most_unread:
-            return
-        self._ended = True
-        while not self.contents.empty():
-            self.contents.get_nowait()
-        self.contents.put_nowait(
-            ReadTooSlowly(f"The client is {behind} events behind, and at most {self._most_unread} are kept; read them as they come.")
-        )
-        self._leave()
 
 
 class AsyncEngine:
@@ -103,7 +55,7 @@ class AsyncEngine:
         self._model, self._tokenizer, self._datastores, self._info = model, tokenizer, datastores, info
         self._threads, self._engine_options = threads, engine_options
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._listeners: dict[str, _Listener] = {}
+        self._listeners: dict[str, Listener] = {}
         self._thread: threading.Thread | None = None
         # Held to take a request in or to close the door, so that none slips in after the last look at the listeners.
         self._door = threading.Lock()
@@ -189,8 +141,8 @@ class AsyncEngine:
             raise content
         return content
 
-    def _submit(self, request_id: str, command: Command) -> _Listener:
-        listener = _Listener(self._info.limits.max_unread_events, lambda: self._leave(request_id))
+    def _submit(self, request_id: str, command: Command) -> Listener:
+        listener = Listener(self._info.limits.max_unread_events, lambda: self._leave(request_id))
 
         def run(engine: DecodingEngine) -> None:
             try:
@@ -274,14 +226,14 @@ class AsyncEngine:
             logger.exception("removals from datastores can't be looked for")
 
     def _tell(self, contents: Sequence[tuple[str, Content]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, Content]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Listener, Content]]] = {}
         for request_id, content in contents:
             listener = self._listeners.get(request_id)
             if listener is not None:
                 by_loop.setdefault(listener.loop, []).append((listener, content))
         for loop, deliveries in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_deliver, deliveries)
+                loop.call_soon_threadsafe(deliver, deliveries)
             except RuntimeError:
                 logger.info("an event loop closed before its %d events arrived", len(deliveries))
 
@@ -297,96 +249,3 @@ class AsyncEngine:
         for output in outputs:
             if isinstance(output.content, KNNLMError):
                 raise output.content
-
-
-def _deliver(deliveries: list[tuple[_Listener, Content]]) -> None:
-    for listener, content in deliveries:
-        listener.take(content)
-
-
-def build_async_engine(
-    stores: Mapping[str, Path],
-    *,
-    model: str | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    max_concurrent: int | None = None,
-    context: int | None = None,
-    memory_bytes: int | None = None,
-    prefix_cache_bytes: int | None = None,
-    limits: Mapping[str, Any] | None = None,
-    step_tokens: int = STEP_TOKENS,
-    overlap: bool = False,
-    weight: float | None = None,
-    k: int | None = None,
-    knn_temperature: float | None = None,
-    verify: bool = False,
-    trust_remote_code: bool = False,
-    allow_unproven: bool = False,
-    threads: int | None = None,
-    settings: Mapping[str, str] | None = None,
-    observer: EngineObserver | None = None,
-) -> AsyncEngine:
-    """Open the datastores (by name, the default first) and their model, check that it can be served, and put an engine around them.
-
-    ``context``: most tokens of prompt and completion (None: the model's context, as far as it fits). ``max_concurrent``: None
-    for as many as fit. ``memory_bytes`` and ``prefix_cache_bytes``: see :func:`~knnlm_server.memory_plan.plan_memory`.
-    ``limits``: other fields of :class:`Limits` by name. ``step_tokens``, ``overlap``: see
-    :class:`~knnlm_server.engine.DecodingEngine`.
-    ``weight``, ``k`` and ``knn_temperature`` go before the settings of every datastore.
-    ``allow_unproven`` serves a model whose batched decoding was not shown to equal decoding alone. ``threads`` of torch and
-    of FAISS (None: the cores there are). ``settings``: more of the resolved configuration, for GetServerInfo. Raises the
-    errors of :mod:`knnlm.errors`.
-    """
-    if not stores:
-        raise InvalidInput("stores", "is empty, but the first datastore says which model is served.")
-    threads = available_threads() if threads is None else threads
-    size_thread_pools(threads)
-    for change in thread_changes(thread_facts()):
-        logger.warning("%s", change)
-    (name, path), *others = stores.items()
-    opened = open_store(
-        path, model=model, device=device, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code,
-        k=k, temperature=knn_temperature, weight=weight,
-    )  # fmt: skip
-    plan = plan_memory(
-        measured_costs(opened.model), free_memory(opened.model.device), SHARE[opened.model.device.type], budget=memory_bytes,
-        slots=max_concurrent, context=_context(opened.model, context), prefix_bytes=prefix_cache_bytes, step_tokens=step_tokens,
-    )  # fmt: skip
-    for line in plan.describe():
-        logger.info("%s", line)
-    made = Limits(**{**(limits or {}), "context": plan.context, "max_concurrent": plan.slots})
-    if not allow_unproven:
-        check_servable(opened.model, made.context)
-    options = StoreOptions(device, k, knn_temperature, weight, verify)
-    datastores = Datastores(opened.model, opened.knn_lm.tokenizer, options)
-    datastores.serve(name, opened.searchable)
-    for other, its_path in others:
-        datastores.load(other, its_path)
-    facts = {"dtype": opened.model.dtype, "device": str(opened.model.device), "attention": opened.model.attention, "threads": str(threads)}
-    facts |= {"memory": str(plan.needed), "prefix_cache": str(plan.prefix_bytes)}
-    info = _info(opened, made, {**facts, **(settings or {})})
-    return AsyncEngine(
-        opened.model, opened.knn_lm.tokenizer, datastores, info, threads=threads, step_tokens=step_tokens, observer=observer,
-        prefix_bytes=plan.prefix_bytes, overlap=overlap,
-    )  # fmt: skip
-
-
-def _context(model: HFLanguageModel, context: int | None) -> int | None:
-    if context is not None and context > model.context:
-        raise InvalidInput("max_context", f"is {context}, but the model's context is {model.context} tokens.")
-    return context
-
-
-def _info(opened: OpenedKNNLM, limits: Limits, settings: dict[str, str]) -> ServerInfo:
-    facts = opened.store.manifest.model
-    return ServerInfo(
-        version=knnlm.__version__,
-        model=opened.model.name,
-        model_fingerprint=facts.fingerprint.weights,
-        tokenizer_fingerprint=facts.fingerprint.tokenizer,
-        vocabulary_size=facts.vocabulary_size,
-        datastores=(),
-        limits=limits,
-        settings=settings,
-    )

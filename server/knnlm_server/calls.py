@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from knnlm.errors import InvalidInput
 from knnlm_server import logs
-from knnlm_server.access import Access, Caller
+from knnlm_server.access import Access, Caller, certified_name
 from knnlm_server.metrics import Metrics
 from knnlm_server.sequence import REQUEST_ID as WELL_FORMED_ID
 from knnlm_server.status import REQUEST_ID, code_of, reason_of, status_of
@@ -82,7 +82,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 try:
                     # At the end, not at once: a call of which anything has come back is not tried again by its client.
                     context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-                    call.caller = self._access.caller(metadata)
+                    call.caller = self._access.caller(metadata, certified_name(context.auth_context()))
                     call.caller.require(self._roles[service])
                     request = _parsed(handler.request_deserializer, content)
                     response = await (handler.unary_stream or handler.unary_unary)(request, context)

@@ -152,7 +152,7 @@ class GenerationClient:
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             time.sleep(_READY_POLL_SECONDS)
-        raise not_ready(self.target, timeout)
+        raise not_ready(self.target, timeout, self._connection.diagnosis())
 
     def close(self) -> None:
         """End the connection; calls that run are cancelled."""
@@ -168,7 +168,7 @@ class GenerationClient:
         try:
             response = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=self._connection.metadata(request_id))
         except grpc.RpcError as error:
-            raise failure_of(error, self.target) from error
+            raise failure_of(error, self.target, self._connection.diagnosis) from error
         return call.read(response)
 
     def _events(
@@ -179,7 +179,7 @@ class GenerationClient:
             for response in call:
                 yield read_event(response)
         except grpc.RpcError as error:
-            raise failure_of(error, self.target) from error
+            raise failure_of(error, self.target, self._connection.diagnosis) from error
         finally:
             call.cancel()
 
@@ -269,7 +269,7 @@ class AsyncGenerationClient:
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             await asyncio.sleep(_READY_POLL_SECONDS)
-        raise not_ready(self.target, timeout)
+        raise not_ready(self.target, timeout, await asyncio.to_thread(self._connection.diagnosis))
 
     async def close(self) -> None:
         """End the connection; calls that run are cancelled."""
@@ -285,7 +285,7 @@ class AsyncGenerationClient:
         try:
             response = await getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=self._connection.metadata(request_id))
         except grpc.RpcError as error:
-            raise failure_of(error, self.target) from error
+            raise await asyncio.to_thread(failure_of, error, self.target, self._connection.diagnosis) from error
         return call.read(response)
 
     async def _events(
@@ -296,7 +296,7 @@ class AsyncGenerationClient:
             async for response in call:
                 yield read_event(response)
         except grpc.RpcError as error:
-            raise failure_of(error, self.target) from error
+            raise await asyncio.to_thread(failure_of, error, self.target, self._connection.diagnosis) from error
         finally:
             call.cancel()
 

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from knnlm.errors import InvalidInput
+from knnlm_server.client_diagnosis import tls_mismatch
 from knnlm_server.sequence import REQUEST_ID as WELL_FORMED_ID
 
 SERVICES = ("knnlm.v1.GenerationService",)
@@ -25,7 +26,8 @@ REQUEST_ID = "x-request-id"
 MOST_ATTEMPTS = 5
 """gRPC makes no more, whatever is asked for."""
 
-# A request is kept for retries up to this size; it is what a server takes by default.
+# A request is kept for retries up to this size. It is what a server takes by default, so one that is refused for its size, which
+# gRPC says with a code that is tried again, is sent once.
 _RETRY_BYTES = 16 * 1024 * 1024
 # A host that vanished without a word is noticed in the end; more often, and servers would take it for an attack.
 _KEEPALIVE_MS = 360_000
@@ -84,6 +86,7 @@ class Connection:
             raise InvalidInput("target", "is empty; give HOST:PORT, or several.")
         self.name = ", ".join(targets)
         self._uri = targets[0] if len(targets) == 1 else _uri(targets)
+        self._targets = targets
         self._token = _checked_token(token)
         self._credentials = None if tls is None else _credentials(tls)
         config = _service_config((retries or Retries()).validate(), several=len(targets) > 1)
@@ -100,6 +103,10 @@ class Connection:
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._uri, options=self._options)
         return grpc.aio.secure_channel(self._uri, self._credentials, options=self._options)
+
+    def diagnosis(self) -> str:
+        """A sentence where no server answers since one side speaks TLS and the other does not; else empty. Takes a moment."""
+        return tls_mismatch(self._targets, self._credentials is not None)
 
     def metadata(self, request_id: str | None) -> tuple[tuple[str, str], ...]:
         """What goes with a call beside its message."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,11 @@ class ServerUnavailable(RequestFailed):
     """No server answers at the target, or it is starting or being stopped; the same request may succeed later."""
 
 
-def failure_of(error: Any, target: str) -> RequestFailed:
-    """The typed form of the ``grpc.RpcError`` that a call to ``target`` ended with."""
+def failure_of(error: Any, target: str, diagnose: Callable[[], str] = str) -> RequestFailed:
+    """The typed form of the ``grpc.RpcError`` that a call to ``target`` ended with.
+
+    ``diagnose``: asked for a sentence that says more where no server answered.
+    """
     code = error.code()
     status = rpc_status.from_call(error)
     details = () if status is None else status.details
@@ -62,15 +65,21 @@ def failure_of(error: Any, target: str) -> RequestFailed:
     if violations:
         return FieldsRefused(code, message, details, violations)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerUnavailable(code, message if status else f"No server answers at {target} ({message}).", details)
+        return ServerUnavailable(code, message if status else _with(f"No server answers at {target} ({message}).", diagnose()), details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # which only gRPC says, in two words
         message = f"The call to {target} did not end within its timeout; allow more time, or ask for less."
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and status is None and "larger than max" in message:  # which gRPC itself says
+        message = f"The request is larger than the server takes on, and will not be later ({message}); send less at once."
     return RequestFailed(code, message, details)
 
 
-def not_ready(target: str, timeout: float) -> ServerUnavailable:
-    """The error of waiting for ``timeout`` seconds in vain."""
-    return ServerUnavailable(grpc.StatusCode.UNAVAILABLE, f"No server was ready at {target} within {timeout:g} seconds.")
+def not_ready(target: str, timeout: float, diagnosis: str = "") -> ServerUnavailable:
+    """The error of waiting for ``timeout`` seconds in vain, with a sentence that may say more."""
+    return ServerUnavailable(grpc.StatusCode.UNAVAILABLE, _with(f"No server was ready at {target} within {timeout:g} seconds.", diagnosis))
+
+
+def _with(sentence: str, diagnosis: str) -> str:
+    return f"{sentence} {diagnosis}".rstrip()
 
 
 def _detail(details: Sequence[Any], empty: Any) -> Any:

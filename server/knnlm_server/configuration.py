@@ -10,7 +10,8 @@ import difflib
 import inspect
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,25 @@ def resolved(context: typer.Context) -> dict[str, str]:
     There is no secret among them: tokens and keys stand in files, and only their paths are settings.
     """
     return {name: f"{_shown(value)} ({_source(context, name)})" for name, value in sorted(context.params.items())}
+
+
+# Errors name these settings as the option that gives one value of several.
+_ONE_OF_SEVERAL = {"limit": "limits", "datastore": "datastores"}
+
+
+@contextmanager
+def blaming_the_source(context: typer.Context) -> Iterator[None]:
+    """Name a setting that can't be used by where its value came from: the variable, or the file and its key."""
+    try:
+        yield
+    except InvalidInput as error:
+        name = _ONE_OF_SEVERAL.get(error.field, error.field)
+        source = _source(context, name) if name in context.params else None
+        if source == "environment":
+            raise InvalidInput(f"{PREFIX}_{name.upper()}", error.problem) from error
+        if source == "file":
+            raise InvalidInput(f"{context.params[_FILE_OPTION]}: {name}", error.problem) from error
+        raise
 
 
 def _source(context: typer.Context, name: str) -> str:

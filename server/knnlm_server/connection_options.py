@@ -118,14 +118,14 @@ def fields_as_options(text: str = "prompt") -> Iterator[None]:
         raise InvalidInput({**OPTIONS, "text": text}.get(name, name), problem) from error
 
 
-def text_of(argument: str, name: str) -> str:
-    """The argument, or what stands on standard input where it is ``-``."""
+def text_of(argument: str) -> str:
+    """The argument, or what stands on standard input where it is ``-``; raises :class:`InvalidInput`."""
     if argument != "-":
         return argument
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise InvalidInput(name, f"from standard input is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.") from error
+        raise InvalidInput("standard input", f"is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.") from error
 
 
 def require_positive(option: str, value: float | None) -> None:

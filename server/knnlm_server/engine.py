@@ -275,6 +275,7 @@ class DecodingEngine:
         report = self._meter.report(
             running=len(self._scheduler.running), waiting=len(waiting), waiting_tokens=sum(waiting.values()),
             cache_tokens=sum(sequence.computed for sequence in self._scheduler.running),
+            scoring=len(self._scorings), scoring_tokens=self._scorings.tokens,
         )  # fmt: skip
         self._tell(lambda observer: observer.step(report))
 

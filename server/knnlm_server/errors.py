@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from knnlm.errors import KNNLMError
 
+RETRY_SECONDS = 1.0
+"""When to come again where nothing is known of the pace of answers."""
+
 
 class QueueFull(KNNLMError):
-    """The waiting queue has no room for this request; nothing was computed for it, so it may be sent again later."""
+    """The waiting queue has no room for this request; nothing was computed for it, so it may be sent again later.
+
+    ``retry_seconds``: after how long, as far as the server can tell.
+    """
+
+    retry_seconds: float = RETRY_SECONDS
 
 
 class DatastoreNotLoaded(KNNLMError):

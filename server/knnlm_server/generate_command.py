@@ -108,7 +108,7 @@ def generate(
     }
     with fields_as_options():
         options["datastores"] = mix_of(datastore)
-        request = _Request(text_of(prompt, "prompt"), options, samples, best_of, timeout)
+        request = _Request(text_of(prompt), options, samples, best_of, timeout)
         with Reach(target, token_file, tls, ca, certificate, key).client() as client:
             _show(client, request, json)
 

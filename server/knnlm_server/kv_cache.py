@@ -81,7 +81,7 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int, slots: int, capacity: int, prefix_bytes: int = 0, block_tokens: int = BLOCK_TOKENS) -> None:
         self.slots, self.capacity = slots, capacity
-        self.block_tokens = block_tokens if prefix_bytes else 0
+        self.block_tokens, self._prefix_bytes = block_tokens if prefix_bytes else 0, prefix_bytes
         self._prefixes = PrefixCache(prefix_bytes, block_tokens)
         self._slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
@@ -108,6 +108,12 @@ class SlotCache(Cache):
     def token_bytes(self) -> int:
         """Bytes of one token in all layers; 0 before the first forward pass."""
         return sum(store[0, :, 0].numel() * store.element_size() for store in self._stores())
+
+    @property
+    def kept_tokens(self) -> int:
+        """Most tokens of one text that are kept; before the first forward pass, of which nothing is known, as many as a row has."""
+        block_bytes = self.token_bytes * self.block_tokens
+        return self._prefix_bytes // block_bytes * self.block_tokens if block_bytes else self.capacity
 
     @torch.inference_mode()
     def swap(self, first: int, second: int, length: int) -> None:

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from knnlm.errors import InvalidInput
 from knnlm_server.errors import CannotListen
 
 # A client that has gone without a word is noticed by pings; clients may ping as often as their own defaults do.
@@ -57,6 +58,16 @@ class Place:
                     elsewhere += error.errno == errno.EADDRNOTAVAIL
         if elsewhere == len(addresses):
             raise CannotListen(f"Can't listen on {self.address}: {self.host} is no address of this machine.")
+
+    def ensure_apart(self, other: Place) -> None:
+        """Raise :class:`InvalidInput` where this port is chosen for ``other`` too, on an address that both listen on."""
+        if self.port != 0 and self.port == other.port and _meet(self._hosts, other._hosts):
+            name = self.option.removeprefix("--").replace("-", "_")
+            raise InvalidInput(name, f"is {self.port}, which is {other.option} too; choose another, or 0 for a free one.")
+
+    @property
+    def _hosts(self) -> set[str]:
+        return {address[0] for *_, address in _addresses(self)}
 
 
 class GRPCPort:
@@ -111,6 +122,11 @@ class GRPCPort:
         except RuntimeError as error:
             raise CannotListen(f"Can't listen on {place.address}: {error}") from error
         return Place(place.host, port, place.option)
+
+
+def _meet(some: set[str], others: set[str]) -> bool:
+    """Whether an address is in both, or one of them is every address of this machine."""
+    return bool(some & others) or any(ipaddress.ip_address(host.partition("%")[0]).is_unspecified for host in some | others)
 
 
 def _addresses(place: Place) -> Sequence[Any]:

@@ -26,7 +26,8 @@ LEAST_CONTEXT = 256
 SHARE = {"cpu": 0.5, "cuda": 0.9}
 PREFIX_SHARE = 8
 MOST_PREFIX_BYTES = 2 * 2**30
-# Float32 copies of logits that live at once: the model's own, normalised ones, and mixed ones with a temporary each.
+# Float32 copies of a batch's logits that live at once: 2 in scoring and 1 in a step, as a test measures on a CPU; the rest is room
+# for devices and models whose softmax takes copies of its own.
 COPIES = 5
 
 

@@ -44,6 +44,8 @@ class Metrics:
         self._waiting = Gauge("knnlm_requests_waiting", "Requests that wait for a row.", registry=self.registry)
         self._waiting_tokens = Gauge("knnlm_waiting_tokens", "Prompt tokens of the requests that wait.", registry=self.registry)
         self._cache_tokens = Gauge("knnlm_cache_tokens", "Tokens that the rows of the cache hold.", registry=self.registry)
+        self._scoring = Gauge("knnlm_texts_scoring", "Texts that are being scored, or wait for it.", registry=self.registry)
+        self._scoring_tokens = Gauge("knnlm_scoring_tokens", "Tokens of the texts that are being scored.", registry=self.registry)
         self._queue_time = self._seconds("knnlm_request_queue_time_seconds", "From a request's arrival to its row.")
         self._step_time = self._seconds("knnlm_step_time_seconds", "One step of the engine, for all its rows.")
         self._forward_time = self._seconds("knnlm_forward_time_seconds", "Forward passes of one step.")
@@ -108,6 +110,8 @@ class Metrics:
         self._waiting.set(report.waiting)
         self._waiting_tokens.set(report.waiting_tokens)
         self._cache_tokens.set(report.cache_tokens)
+        self._scoring.set(report.scoring)
+        self._scoring_tokens.set(report.scoring_tokens)
 
     def admitted(self, request_id: str, waited_seconds: float, prompt_tokens: int, reused_tokens: int) -> None:
         """See :meth:`knnlm_server.telemetry.EngineObserver.admitted`."""

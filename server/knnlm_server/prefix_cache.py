@@ -14,7 +14,8 @@ class PrefixCache:
     """A pool of blocks in at most ``max_bytes``, filled from the rows of a slot cache and copied into them.
 
     ``stores``: the slot cache's tensors [slots, heads, columns, width], always the same ones in the same order; the pool has
-    their dtype and device and is made when the first block is kept.
+    their dtype and device and is made when the first block is kept. On a CPU it takes memory as blocks are used for the first
+    time; on a GPU all of it at once.
     """
 
     def __init__(self, max_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
@@ -54,4 +55,5 @@ class PrefixCache:
         block_bytes = sum(store[0, :, 0].numel() * store.element_size() for store in stores) * self._block_tokens
         capacity = self._max_bytes // block_bytes
         self._blocks = PrefixBlocks(capacity, self._block_tokens)
-        self._pools = [store.new_zeros(capacity, store.shape[1], self._block_tokens, store.shape[3]) for store in stores]
+        # Not zeros, which would touch every page: a block is always written before it is read.
+        self._pools = [store.new_empty(capacity, store.shape[1], self._block_tokens, store.shape[3]) for store in stores]

@@ -56,7 +56,7 @@ def retrieve(
             "neighbors": neighbors,
             "truncate_context": truncate_context,
         }
-        found = client.retrieve(text_of(context, "context"), timeout=timeout, **options)
+        found = client.retrieve(text_of(context), timeout=timeout, **options)
         if json:
             console.print_json(display.retrieved_fields(found))
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from knnlm_server.errors import QueueFull
+from knnlm_server.queue_shares import share_of
 from knnlm_server.sequence import Limits
 
 STEP_TOKENS = 512
@@ -26,6 +27,10 @@ class Rows(Protocol):
     @property
     def block_tokens(self) -> int:
         """Tokens of the blocks in which beginnings of texts are kept for others; 0 where none are."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Most tokens of one text that there is room to keep: what is beyond them, nobody can take over."""
 
     def reuse(self, row: int, computed: int, tokens: list[int], tenant: str) -> int:
         """Copy what is kept of a text into a row that holds its first ``computed`` tokens; how many it holds then.
@@ -120,9 +125,13 @@ class Scheduler(Generic[S]):
         return {sequence.request_id: len(sequence.prompt) for sequence in self.waiting}
 
     def add(self, sequences: Iterable[S]) -> None:
-        """Put the sequences of one request at the queue's end; raises :class:`QueueFull` with the numbers."""
+        """Put the sequences of one request at the queue's end; raises :class:`QueueFull` with the numbers.
+
+        A tenant can't fill all of the queue.
+        """
         limits, sequences, waiting = self._limits, list(sequences), self.waiting_requests
         tokens = sum(waiting.values()) + len(sequences[0].prompt)
+        self._check_share(sequences[0])
         if len(waiting) >= limits.max_waiting_requests:
             raise QueueFull(f"{len(waiting)} requests are waiting, the limit is {limits.max_waiting_requests}; try again later.")
         if waiting and tokens > limits.max_waiting_tokens:
@@ -130,6 +139,16 @@ class Scheduler(Generic[S]):
         for sequence in sequences:
             sequence.arrival = next(self._arrivals)
         self.waiting += sequences
+
+    def _check_share(self, sequence: S) -> None:
+        tenant, limits = sequence.tenant, self._limits
+        own = {other.request_id: len(other.prompt) for other in self.waiting if other.tenant == tenant}
+        most = share_of(limits.max_waiting_requests, tenant)
+        if tenant and len(own) >= most:
+            raise QueueFull(f"{len(own)} requests of {tenant!r} are waiting, the limit for one caller is {most}; try again later.")
+        tokens, most = sum(own.values()) + len(sequence.prompt), share_of(limits.max_waiting_tokens, tenant)
+        if tenant and own and tokens > most:
+            raise QueueFull(f"{tokens} prompt tokens of {tenant!r} would be waiting, the limit for one caller is {most}; try again later.")
 
     def expired(self, now: float) -> list[S]:
         """Sequences whose time is over, wherever they are."""
@@ -236,9 +255,9 @@ class Scheduler(Generic[S]):
         return sequence.leader is not None
 
     def _in_common(self, sequence: S, other: S) -> int:
-        """Tokens of the full blocks that two prompts begin with alike, the last token of the first left out."""
+        """Tokens of the full blocks that two prompts begin with alike and that are kept, the last token of the first left out."""
         block, end = self._rows.block_tokens, 0
-        most = min(len(sequence.prompt) - 1, len(other.prompt))
+        most = min(len(sequence.prompt) - 1, len(other.prompt), self._rows.kept_tokens)
         while block and end + block <= most and sequence.prompt[end : end + block] == other.prompt[end : end + block]:
             end += block
         return end

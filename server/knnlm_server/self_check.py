@@ -26,12 +26,12 @@ class CheckAccess:
         self.metadatum = ("authorization", f"Bearer {secrets.token_urlsafe()}")
         self._access = access
 
-    def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+    def caller(self, metadata: Iterable[tuple[str, str | bytes]], certified: str = "") -> Caller:
         """See :meth:`Access.caller`."""
         given = tuple(metadata)
         if self.metadatum in given:
             return Caller("check", frozenset({GENERATE}))
-        return self._access.caller(given)
+        return self._access.caller(given, certified)
 
 
 async def check(address: str, access: CheckAccess) -> int:

@@ -105,11 +105,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Tokens to be scored, special tokens included; token 0 is context only."""
+    """Tokens to be scored, special tokens included; token 0 is context only. ``tenant``: whose they are; tenants take turns."""
 
     request_id: str
     tokens: tuple[int, ...]
     retrieval: RetrievalParams
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,7 @@ class Limits:
     max_message_bytes: int = 16 * 1024 * 1024
     max_seconds: float | None = None
     max_unread_events: int = 1024
+    max_answer_entries: int = 500_000
 
 
 @dataclass(frozen=True)

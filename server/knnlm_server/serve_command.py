@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from knnlm_server.app import Border, GenerationServer
     from knnlm_server.async_engine import AsyncEngine
 
-# Paths of files that hold secrets say nothing to clients.
-_NOT_FOR_CLIENTS = {"config", "tls_cert", "tls_key", "tls_client_ca", "tokens"}
+# Paths of the server's machine say nothing to clients, who know datastores and the model by their names.
+_NOT_FOR_CLIENTS = {"config", "tls_cert", "tls_key", "tls_client_ca", "tokens", "store", "datastores", "model"}
 
 _log = logging.getLogger(__name__)
 
@@ -148,29 +148,41 @@ def serve(
     with spaces between), or in the file of --config; options win over variables, and these over the file. What is unknown
     in either is refused.
     """
+    configure(log_format, log_level, texts_of_exceptions=log_prompts)
+    with configuration.blaming_the_source(context):
+        _serve(named_datastores(store, datastores or []), context.params, configuration.resolved(context))
+
+
+def _serve(stores: Mapping[str, Path], given: Mapping[str, Any], settings: Mapping[str, str]) -> None:
+    """Run the server, or its check; ``given``: the command's parameters."""
     import asyncio
 
     from knnlm_server import app
     from knnlm_server.admin_service import AdminService
 
-    configure(log_format, log_level, texts_of_exceptions=log_prompts)
-    settings, given = configuration.resolved(context), context.params
-    stores, options, border = named_datastores(store, datastores or []), _engine_options(given), _border(given, settings)
+    options, border = _engine_options(given), _border(given, settings)
 
     def engine() -> AsyncEngine:
         _log.info("settings: %s", ", ".join(f"{name}={value}" for name, value in settings.items()), extra={"settings": settings})
         # Imported here, so that an address that can't be used is refused at once.
         from knnlm.console import quiet_transformers
-        from knnlm_server.async_engine import build_async_engine
+        from knnlm_server.engine_opening import build_async_engine
 
         quiet_transformers()
         return build_async_engine(stores=stores, observer=border.metrics, **options)
 
-    if check:
+    host, port = given["host"], given["port"]
+    if given["check"]:
         asyncio.run(app.check(engine, host, port, border=border, on_answer=_answered))
     else:
         made = app.serve(
-            engine, host, port, border=border, grace=grace, on_ready=_announce, admin_of=lambda engine: AdminService(engine.datastores)
+            engine,
+            host,
+            port,
+            border=border,
+            grace=given["grace"],
+            on_ready=_announce,
+            admin_of=lambda engine: AdminService(engine.datastores),
         )
         asyncio.run(made)
 

@@ -19,10 +19,12 @@ from typing import Any
 from knnlm_server import converters
 from knnlm_server.calls import current_call
 from knnlm_server.engine_protocol import Engine
-from knnlm_server.errors import QueueFull, ReadTooSlowly, ShuttingDown
+from knnlm_server.errors import QueueFull, ReadTooSlowly
 from knnlm_server.metrics import Metrics
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceServicer
+from knnlm_server.reading_lanes import ReadingLanes
+from knnlm_server.request_gate import RequestGate
 from knnlm_server.request_reader import RequestReader
 from knnlm_server.sequence import FinishEvent, GenerationRequest, TokenEvent
 
@@ -34,55 +36,17 @@ Handler = Callable[["GenerationService", Any, Any], Awaitable[Any]]
 _log = logging.getLogger(__name__)
 
 
-class RequestGate:
-    """Counts requests as they run (``with gate:``) and turns new ones away while closed or full. Closed at first, for ``reason``.
-
-    ``room``: requests that may run or wait at the same time. It bounds what is held in memory before the engine knows of
-    it; the engine's queue has narrower bounds of its own.
-    """
-
-    def __init__(self, reason: str, room: int) -> None:
-        self._closed: str | None = reason
-        self._room = room
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def open(self) -> None:
-        """Let requests in."""
-        self._closed = None
-
-    def close(self, reason: str) -> None:
-        """Turn requests away with a sentence; those that run go on."""
-        self._closed = reason
-
-    async def idle(self) -> None:
-        """Return when no request runs."""
-        await self._idle.wait()
-
-    def __enter__(self) -> None:
-        """Count a request in; raise :class:`ShuttingDown` while closed and :class:`QueueFull` while full."""
-        if self._closed is not None:
-            raise ShuttingDown(self._closed)
-        if self._running >= self._room:
-            raise QueueFull(f"{self._running} requests are running or waiting, and the server takes no more; try again soon.")
-        self._running += 1
-        self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        """Count a request out."""
-        self._running -= 1
-        if self._running == 0:
-            self._idle.set()
-
-
 def _gated(handler: Handler) -> Handler:
-    """Let a request through the gate."""
+    """Let a request through the gate, which says when to come again where there is no room for it, here or further in."""
 
     @functools.wraps(handler)
     async def gated(service: GenerationService, request: Any, context: Any) -> Any:
-        with service.gate:
-            return await handler(service, request, context)
+        try:
+            with service.gate.request(current_call().caller.name):
+                return await handler(service, request, context)
+        except QueueFull as error:
+            error.retry_seconds = service.gate.retry_seconds
+            raise
 
     return gated
 
@@ -91,7 +55,8 @@ class GenerationService(GenerationServiceServicer):
     """``knnlm.v1.GenerationService`` over an engine.
 
     ``settings``: the resolved configuration, for GetServerInfo. ``stall_seconds``: how long a client may leave a stream's
-    next event unread. ``log_prompts``: whether prompts go to the log.
+    next event unread. ``log_prompts``: whether prompts go to the log. ``reading``: where requests are read, closed by whoever
+    made it.
     """
 
     def __init__(
@@ -103,9 +68,10 @@ class GenerationService(GenerationServiceServicer):
         settings: dict[str, str] | None = None,
         stall_seconds: float = STALL_SECONDS,
         log_prompts: bool = False,
+        reading: ReadingLanes | None = None,
     ) -> None:
         self.gate = gate
-        self._engine, self._metrics = engine, metrics
+        self._engine, self._metrics, self._reading = engine, metrics, reading or ReadingLanes()
         self._settings, self._stall_seconds, self._log_prompts = settings or {}, stall_seconds, log_prompts
 
     @property
@@ -141,27 +107,31 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Log-probabilities of given tokens."""
         call = current_call()
-        score_request = await asyncio.to_thread(self._reader.score, request, call.key)
+        score_request = await self._reading.read(request, lambda: self._reader.score(request, call.key, tenant=call.caller.name))
         call.prompt_tokens = len(score_request.tokens)
-        return converters.score_message(score_request, await self._engine.score(score_request))
+        result = await self._engine.score(score_request)
+        self.gate.note_end()
+        return converters.score_message(score_request, result)
 
     @_gated
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """Neighbours of a context."""
         call = current_call()
-        retrieve_request = await asyncio.to_thread(self._reader.retrieve, request, call.key, tenant=call.caller.name)
+        retrieve_request = await self._reading.read(request, lambda: self._reader.retrieve(request, call.key, tenant=call.caller.name))
         call.prompt_tokens = len(retrieve_request.tokens)
-        return converters.retrieve_message(retrieve_request, await self._engine.retrieve(retrieve_request))
+        result = await self._engine.retrieve(retrieve_request)
+        self.gate.note_end()
+        return converters.retrieve_message(retrieve_request, result)
 
     @_gated
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Token ids and texts of a text."""
-        return await asyncio.to_thread(self._tokenize, request)
+        return await self._reading.read(request, lambda: self._tokenize(request))
 
     @_gated
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        return await asyncio.to_thread(self._detokenize, request)
+        return await self._reading.read(request, lambda: self._detokenize(request))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.GetServerInfoResponse:
         """What is served; answered also while the gate is closed."""
@@ -170,8 +140,7 @@ class GenerationService(GenerationServiceServicer):
         return converters.server_info_message(replace(info, settings=self._settings | info.settings))
 
     async def _events(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> AsyncGenerator[TokenEvent | FinishEvent, None]:
-        # A long prompt takes long to tokenise; on a thread it holds up nobody else.
-        generation = await asyncio.to_thread(self._generation, request)
+        generation = await self._reading.read(request, lambda: self._generation(request))
         call, arrived = current_call(), self._metrics.watch(generation)
         call.prompt_tokens = len(generation.prompt)
         async with aclosing(self._engine.generate(generation)) as events:
@@ -179,6 +148,7 @@ class GenerationService(GenerationServiceServicer):
                 arrived(event)
                 call.completion_tokens += isinstance(event, TokenEvent)
                 yield event
+        self.gate.note_end()
 
     def _generation(self, request: pb.GenerateRequest | pb.StreamGenerateRequest) -> GenerationRequest:
         call = current_call()

@@ -39,7 +39,6 @@ from knnlm_server.errors import (
 
 DOMAIN = "knnlm"
 REQUEST_ID = "x-request-id"
-RETRY_SECONDS = 1
 
 # An error takes the code of the nearest class in its tree.
 CODES: dict[type[KNNLMError], grpc.StatusCode] = {
@@ -103,11 +102,15 @@ def _details(error: Exception, request_id: str) -> list[Message]:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, QueueFull):
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromSeconds(RETRY_SECONDS)
+        retry.retry_delay.FromMilliseconds(_milliseconds(error))
         details.append(retry)
     return [*details, error_details_pb2.RequestInfo(request_id=request_id)]
 
 
 def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
     """What gRPC's own retries obey, where the service configuration of a client has them."""
-    return (("grpc-retry-pushback-ms", str(RETRY_SECONDS * 1000)),) if isinstance(error, QueueFull) else ()
+    return (("grpc-retry-pushback-ms", str(_milliseconds(error))),) if isinstance(error, QueueFull) else ()
+
+
+def _milliseconds(error: QueueFull) -> int:
+    return round(error.retry_seconds * 1000)

@@ -31,7 +31,9 @@ class StepMeter:
         """Add to prompt_tokens, decoded_rows or searched_rows."""
         self._counts[name] += number
 
-    def report(self, *, running: int, waiting: int, waiting_tokens: int, cache_tokens: int) -> StepReport:
+    def report(
+        self, *, running: int, waiting: int, waiting_tokens: int, cache_tokens: int, scoring: int, scoring_tokens: int
+    ) -> StepReport:
         """All of one step, which is forgotten with it."""
         seconds, counts = self._seconds, self._counts
         self._seconds, self._counts = defaultdict(float), Counter()
@@ -50,4 +52,6 @@ class StepMeter:
             waiting=waiting,
             waiting_tokens=waiting_tokens,
             cache_tokens=cache_tokens,
+            scoring=scoring,
+            scoring_tokens=scoring_tokens,
         )

@@ -12,8 +12,8 @@ class StepReport:
 
     ``retrieval_seconds``: search and re-ranking. ``prompt_tokens``: of prompts, computed in this step. ``decoded_rows``
     got a token; of these, ``searched_rows`` had their neighbours searched and ``skipped_rows`` had not (weight 0, or the
-    gate of their datastore said that it is not worth it).
-    ``cache_tokens``: tokens that the rows of the cache hold.
+    gate of their datastore said that it is not worth it). ``cache_tokens``: tokens that the rows of the cache hold.
+    ``scoring``: texts that are being scored or wait for it, which have ``scoring_tokens`` in all.
     """
 
     seconds: float
@@ -30,6 +30,8 @@ class StepReport:
     waiting: int
     waiting_tokens: int
     cache_tokens: int
+    scoring: int
+    scoring_tokens: int
 
 
 class EngineObserver(Protocol):

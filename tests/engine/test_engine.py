@@ -33,6 +33,7 @@ from knnlm_server.sequence import (
     ScoreRequest,
     TokenEvent,
 )
+from knnlm_server.telemetry import StepReport, Unobserved
 from knnlm_server.text_stream import TextStream
 from tests.engine.harness import (
     GREEDY,
@@ -710,6 +711,40 @@ def test_scoring_and_decoding_take_turns(gpt2: Parts) -> None:
     assert order.count("token") == 12
 
 
+def test_tenants_take_turns_with_their_texts(gpt2: Parts) -> None:
+    text = tuple(random_prompt(3000, 5))
+
+    def steps_of_bob(texts_of_alice: int) -> int:
+        engine, steps = make_engine(gpt2), 0
+        for number in range(texts_of_alice):
+            engine.add_score(ScoreRequest(f"alice-{number}", text, LM_ALONE, tenant="alice"))
+        engine.step()  # so that one of hers is begun
+        engine.add_score(ScoreRequest("bob", text, LM_ALONE, tenant="bob"))
+        while not any(output.request_id == "bob" for output in engine.step()):
+            steps += 1
+        assert set(drive(engine)) == {f"alice-{number}" for number in range(texts_of_alice)}
+        return steps
+
+    alone_ = steps_of_bob(0)
+    assert alone_ > 2, "the text is too short to tell"
+    assert steps_of_bob(4) <= 2 * alone_ + 1
+
+
+def test_texts_that_are_scored_are_counted(gpt2: Parts) -> None:
+    reports: list[StepReport] = []
+
+    class Observer(Unobserved):
+        def step(self, report: StepReport) -> None:
+            reports.append(report)
+
+    engine = make_engine(gpt2, options={"observer": Observer()})
+    for name, length in (("a", 3000), ("b", 5)):
+        engine.add_score(ScoreRequest(name, tuple(random_prompt(length, 5)), LM_ALONE, tenant=name))
+    drive(engine)
+    assert (reports[0].scoring, reports[0].scoring_tokens) == (2, 3005)
+    assert {(report.scoring, report.scoring_tokens) for report in reports} == {(2, 3005), (1, 3000), (0, 0)}
+
+
 def test_texts_to_be_scored_wait_within_a_bound_of_tokens(gpt2: Parts) -> None:
     engine = make_engine(gpt2, max_waiting_tokens=100)
     engine.add_score(ScoreRequest("long", tuple(random_prompt(150, 5)), LM_ALONE))
@@ -718,6 +753,15 @@ def test_texts_to_be_scored_wait_within_a_bound_of_tokens(gpt2: Parts) -> None:
     assert set(drive(engine)) == {"long"}
     engine.add_score(ScoreRequest("more", (5, 6), LM_ALONE))
     assert set(drive(engine)) == {"more"}
+
+
+def test_texts_of_one_tenant_leave_room_for_those_of_others(gpt2: Parts) -> None:
+    engine = make_engine(gpt2, max_waiting_tokens=80)
+    engine.add_score(ScoreRequest("a", tuple(random_prompt(50, 5)), LM_ALONE, tenant="greedy"))
+    with pytest.raises(QueueFull, match="71 tokens of 'greedy' would be waiting to be scored, the limit for one caller is 70"):
+        engine.add_score(ScoreRequest("b", tuple(random_prompt(21, 5)), LM_ALONE, tenant="greedy"))
+    engine.add_score(ScoreRequest("c", tuple(random_prompt(30, 5)), LM_ALONE, tenant="modest"))
+    assert set(drive(engine)) == {"a", "c"}
 
 
 def test_a_text_that_can_not_be_scored_ends_its_own_request(gpt2: Parts) -> None:

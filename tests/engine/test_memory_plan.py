@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ from hypothesis import strategies as st
 
 from knnlm.errors import InvalidInput
 from knnlm_server.kv_cache import SlotCache
-from knnlm_server.memory_plan import MOST_SLOTS, MemoryPlan, ModelCosts, free_memory, measured_costs, plan_memory
+from knnlm_server.memory_plan import COPIES, MOST_SLOTS, MemoryPlan, ModelCosts, free_memory, measured_costs, plan_memory
 from tests.engine.harness import Parts, complete, make_engine, random_prompt, request
+from tests.stores import environment
 
 COSTS = ModelCosts(weight_bytes=20_000_000, token_bytes=8192, vocabulary=1000, context=1024)
 BUDGETS = st.one_of(st.none(), st.integers(1, 10**9))
@@ -77,3 +81,23 @@ def test_costs_are_those_of_the_cache_that_runs(parts: Parts) -> None:
 
 def test_memory_of_this_machine_is_free() -> None:
     assert 0 < free_memory(torch.device("cpu")) < 2**50
+
+
+def _peak_is_told() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _peak_is_told(), reason="the peak of resident memory is read from Linux's /proc")
+def test_a_batchs_logits_take_no_more_copies_than_are_planned(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.engine.logit_peak", str(tmp_path), "float32"]
+    # What is freed goes back to the system at once, so that what was used before hides nothing.
+    settings = {**environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300, env=settings)
+    assert done.returncode == 0, done.stderr
+    scoring, steps = map(float, done.stdout.split()[-2:])
+    assert 1 < scoring <= COPIES
+    assert 0.9 < steps <= COPIES

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,6 +121,39 @@ def test_a_pool_too_small_for_a_prompt_keeps_its_beginning(gpt2: Parts) -> None:
     first, second = shared_requests(2)
     assert computed_tokens(engine, first) == 27
     assert computed_tokens(engine, second) == 27 - 8
+
+
+def test_nobody_waits_for_what_a_pool_smaller_than_a_block_can_not_keep(gpt2: Parts) -> None:
+    engine = sharing_engine(gpt2, prefix_bytes=BLOCK * bytes_per_token(gpt2) - 1)
+    complete(engine, request("warm", [5], max_new_tokens=1))
+    for asked in shared_requests(3):
+        engine.add(asked)
+    engine.step()
+    assert len(engine.rows_of_steps) == 2, "no prompt was read"
+    assert engine.rows_of_steps[-1] == 3, "the others wait for the first one's prompt, which they can't take over"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_a_pool_takes_memory_as_it_is_used() -> None:
+    code = """
+import torch
+from pathlib import Path
+from knnlm_server.prefix_cache import PrefixCache
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+cache = PrefixCache(1 << 30)
+stores = [torch.zeros(1, 4, 64, 256) for _ in range(4)]
+cache.save(stores, 0, list(range(32)), "")
+before = resident()
+cache.save(stores, 0, list(range(100, 164)), "")
+print(resident() - before, before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    grown, before = map(int, done.stdout.split())
+    assert before < 900 * 2**20, "the pool of 1 GiB is resident though one block of it is used"
+    assert grown < 64 * 2**20
 
 
 def test_samples_of_a_request_read_its_prompt_once(gpt2: Parts) -> None:

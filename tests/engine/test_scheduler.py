@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from knnlm_server.errors import QueueFull
 from knnlm_server.prefix_blocks import PrefixBlocks
+from knnlm_server.queue_shares import RESERVED
 from knnlm_server.scheduler import RowGroup, Scheduler, Sequence
 from knnlm_server.sequence import Limits
 
@@ -38,7 +39,7 @@ class FakeRows:
 
     def __init__(self, rows: int, blocks: int = 0) -> None:
         self.cells: list[list[tuple[int, str | None]]] = [[] for _ in range(rows)]
-        self.block_tokens = BLOCK if blocks else 0
+        self.block_tokens, self.kept_tokens = BLOCK if blocks else 0, BLOCK * blocks
         self._blocks = PrefixBlocks(blocks, BLOCK)
         self._pool: list[list[tuple[int, str | None]]] = [[] for _ in range(blocks)]
 
@@ -115,7 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals of one or several samples, for several tenants, with beginnings in common; steps, cancellations and timeouts."""
 
     @initialize(
-        slots=st.integers(1, 5), step_tokens=st.integers(1, 12), queue=st.integers(1, 6), queue_tokens=st.integers(1, 60),
+        slots=st.integers(1, 5), step_tokens=st.integers(1, 12), queue=st.integers(1, 10), queue_tokens=st.integers(1, 60),
         blocks=st.sampled_from([0, 1, 3, PLENTY, PLENTY]),
     )  # fmt: skip
     def set_up(self, slots: int, step_tokens: int, queue: int, queue_tokens: int, blocks: int) -> None:
@@ -139,17 +140,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         newcomers = [sequence(prompt, new_tokens, tenant, sample) for sample in range(samples)]
         for newcomer in newcomers:
             newcomer.request_id = newcomers[0].request_id
-        tokens = sum(waiting.values()) + len(prompt)
-        full = len(waiting) >= self.limits.max_waiting_requests
-        if full or (waiting and tokens > self.limits.max_waiting_tokens):
-            numbers = (len(waiting), self.limits.max_waiting_requests) if full else (tokens, self.limits.max_waiting_tokens)
+        reasons = self._reasons_to_refuse(waiting, len(prompt))
+        if tenant is not None:  # of a queue, one in eight places is for others
+            own = {s.request_id: len(s.prompt) for s in before if s.tenant == tenant}
+            reasons += self._reasons_to_refuse(own, len(prompt), RESERVED)
+        if reasons:
             with pytest.raises(QueueFull) as caught:
                 self.scheduler.add(newcomers)
-            assert all(str(number) in str(caught.value) for number in numbers)
+            assert any(all(str(number) in str(caught.value) for number in numbers) for numbers in reasons)
             assert self.scheduler.waiting == before
         else:
             self.scheduler.add(newcomers)
             self.arrived += newcomers
+
+    def _reasons_to_refuse(self, waiting: dict[str, int], length: int, reserved: int | None = None) -> list[tuple[int, int]]:
+        """Pairs of what there is or would be and what is allowed, of a queue of which one part in so many is ``reserved``."""
+        requests, tokens = (
+            bound - (bound // reserved if reserved else 0) for bound in (self.limits.max_waiting_requests, self.limits.max_waiting_tokens)
+        )
+        total = sum(waiting.values()) + length
+        too_many = [(len(waiting), requests)] if len(waiting) >= requests else []
+        return too_many + ([(total, tokens)] if waiting and total > tokens else [])
 
     @rule(times=st.integers(1, 4))
     def steps_pass(self, times: int) -> None:
@@ -334,6 +345,28 @@ def test_many_requests_of_one_tenant_delay_another_by_the_rows_that_run_and_no_m
     assert modest in scheduler.running
 
 
+def test_a_tenant_leaves_room_in_the_queue_for_others() -> None:
+    scheduler: Scheduler[Asked] = Scheduler(
+        FakeRows(1), limits(max_concurrent=1, max_waiting_requests=8, max_waiting_tokens=80), step_tokens=4
+    )
+    for _ in range(7):
+        scheduler.add([sequence(1, tenant="greedy")])
+    with pytest.raises(QueueFull, match="7 requests of 'greedy' are waiting, the limit for one caller is 7"):
+        scheduler.add([sequence(1, tenant="greedy")])
+    scheduler.add([sequence(1, tenant="modest")])
+    with pytest.raises(QueueFull, match="8 requests are waiting, the limit is 8"):
+        scheduler.add([sequence(1, tenant="third")])
+
+
+def test_a_tenant_leaves_room_for_the_tokens_of_others() -> None:
+    scheduler: Scheduler[Asked] = Scheduler(FakeRows(1), limits(max_concurrent=1, max_waiting_tokens=80), step_tokens=4)
+    scheduler.add([sequence(50, tenant="greedy")])
+    with pytest.raises(QueueFull, match="71 prompt tokens of 'greedy' would be waiting, the limit for one caller is 70"):
+        scheduler.add([sequence(21, tenant="greedy")])
+    scheduler.add([sequence(20, tenant="greedy")])
+    scheduler.add([sequence(10, tenant="modest")])
+
+
 def test_samples_of_a_request_count_their_prompt_once() -> None:
     scheduler: Scheduler[Asked] = Scheduler(
         FakeRows(1), limits(max_concurrent=1, max_waiting_requests=2, max_waiting_tokens=25), step_tokens=4
@@ -363,6 +396,19 @@ def test_a_prompt_waits_for_the_beginning_that_an_older_one_reads_and_takes_it_o
     assert (same.computed, foreign.computed) == (0, 2), "what the older one left of the budget goes to the one that shares nothing"
     assert step(scheduler, rows) == [same]
     assert (same.reused, foreign.reused) == (16, 0)
+
+
+def test_a_prompt_waits_for_no_more_than_is_kept() -> None:
+    rows = FakeRows(2, blocks=1)
+    scheduler: Scheduler[Asked] = Scheduler(rows, limits(max_concurrent=2), step_tokens=6)
+    first = sequence(18, tenant="a")
+    same = sequence([*first.prompt[:16], next(FRESH)], tenant="a")
+    scheduler.add([first])
+    scheduler.add([same])
+    step(scheduler, rows)
+    assert (first.computed, same.computed) == (6, 0)
+    scheduler.schedule()
+    assert (same.leader, same.reused) == (None, 4), "the one block that is kept is taken over, and the rest is nothing to wait for"
 
 
 def test_a_prompt_whose_leader_is_cancelled_goes_on_from_what_it_left() -> None:

@@ -15,7 +15,7 @@ from knnlm.model import HFLanguageModel
 from knnlm_index_builder.pipeline import build_datastore
 from knnlm_index_builder.settings import BuildSettings
 from knnlm_server import serving_check
-from knnlm_server.async_engine import build_async_engine
+from knnlm_server.engine_opening import build_async_engine
 from knnlm_server.serving_check import batched_key_error, check_servable
 from tests.engine.harness import Quiet
 from tests.tiny import save, tiny_gpt2, tiny_tokenizer
@@ -156,6 +156,7 @@ def test_an_unproven_model_is_served_only_when_told_to(windowed_store: Path) -> 
     assert build_async_engine({"default": windowed_store}, context=16).info.limits.context == 16
     unproven = build_async_engine({"default": windowed_store}, allow_unproven=True)
     assert unproven.info.limits.context == CONTEXT
+    assert unproven.info.model == "model"  # not where it lies
     unproven.start()
     unproven.stop()
 

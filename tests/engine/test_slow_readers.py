@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from knnlm_server import async_engine
+from knnlm_server import listeners
 from knnlm_server.errors import ReadTooSlowly
 from knnlm_server.sequence import FinishEvent, TokenEvent
 from tests.engine.harness import Parts
@@ -17,7 +17,7 @@ __all__ = ["start"]
 
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_engine, "SECONDS_TO_CATCH_UP", 0.0)
+    monkeypatch.setattr(listeners, "SECONDS_TO_CATCH_UP", 0.0)
 
 
 def test_one_who_reads_nothing_is_ended_and_its_row_is_free(gpt2: Parts, start: Start, no_patience: None) -> None:
@@ -52,7 +52,7 @@ def test_others_go_on_as_if_alone(gpt2: Parts, start: Start, no_patience: None) 
 
 
 def test_one_who_catches_up_in_time_is_not_ended(gpt2: Parts, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_engine, "SECONDS_TO_CATCH_UP", 1e9)
+    monkeypatch.setattr(listeners, "SECONDS_TO_CATCH_UP", 1e9)
     engine = start(gpt2, max_unread_events=3)
 
     async def life() -> list[TokenEvent | FinishEvent]:

@@ -21,7 +21,7 @@ from knnlm_index_builder.compaction import compact
 from knnlm_index_builder.settings import Resources
 from knnlm_server.admin_service import AdminService
 from knnlm_server.app import Border, GenerationServer
-from knnlm_server.async_engine import build_async_engine
+from knnlm_server.engine_opening import build_async_engine
 from knnlm_server.listening import Place
 from knnlm_server.pb import admin_pb2, generation_pb2
 from knnlm_server.pb.admin_pb2_grpc import AdminServiceStub

@@ -60,9 +60,15 @@ def _fail(context: Any, failure: Failure) -> None:
 
 
 @contextmanager
-def scripted(script: Script, credentials: grpc.ServerCredentials | None = None, options: Sequence[tuple[str, Any]] = ()) -> Iterator[str]:
+def scripted(
+    script: Script,
+    credentials: grpc.ServerCredentials | None = None,
+    options: Sequence[tuple[str, Any]] = (),
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
+) -> Iterator[str]:
     """Serve a script on a free port of 127.0.0.1; gives ``host:port``."""
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=[("grpc.max_receive_message_length", -1), *options])
+    given = {"grpc.max_receive_message_length": -1, **dict(options)}
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), interceptors=interceptors, options=list(given.items()))
     add_GenerationServiceServicer_to_server(script, server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port("127.0.0.1:0") if credentials is None else server.add_secure_port("127.0.0.1:0", credentials)
     server.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from knnlm.errors import InvalidInput
-from knnlm_server.access import ADMIN, GENERATE, OpenAccess, TokenAccess
+from knnlm_server.access import ADMIN, GENERATE, OpenAccess, TokenAccess, certified_name
 from knnlm_server.errors import RoleMissing, TokenMissing
 
 ALICE, BOB = "alice-0123456789-token", "bob-0123456789-token"
@@ -144,3 +144,9 @@ def test_open_access_lets_everyone_do_everything() -> None:
     caller = OpenAccess().caller([])
     caller.require(ADMIN)
     caller.require(GENERATE)
+
+
+def test_a_certified_name_can_write_no_line_of_its_own_into_the_log() -> None:
+    assert certified_name({"x509_common_name": [b"a\nb\xff"]}) == r"a\nb\xff"
+    assert certified_name({"x509_common_name": [b""], "x509_subject_alternative_name": [b"x.example", b"y"]}) == "x.example"
+    assert certified_name({"transport_security_type": [b"ssl"]}) == ""

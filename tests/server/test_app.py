@@ -269,6 +269,39 @@ def test_every_port_is_looked_at_before_the_engine_is_made(option: str, place: s
             asyncio.run(serve(engine, "127.0.0.1", 0, border=border, on_ready=print))
 
 
+@pytest.mark.parametrize(
+    ("main", "places", "words"),
+    [
+        ("127.0.0.1", {"metrics_place": Place("127.0.0.1", 1, "--metrics-port")}, "metrics_port: is 1, which is --port too"),
+        ("0.0.0.0", {"metrics_place": Place("127.0.0.1", 1, "--metrics-port")}, "metrics_port: is 1, which is --port too"),
+        ("127.0.0.1", {"admin": Place("localhost", 1, "--admin-port")}, "admin_port: is 1, which is --port too"),
+        (
+            "127.0.0.1",
+            {"admin": Place("127.0.0.1", 2, "--admin-port"), "metrics_place": Place("127.0.0.1", 2, "--metrics-port")},
+            "metrics_port: is 2, which is --admin-port too",
+        ),
+    ],
+)
+def test_one_port_for_two_purposes_is_refused_before_the_engine_is_made(main: str, places: dict[str, Place], words: str) -> None:
+    def engine() -> FakeEngine:
+        raise AssertionError("the engine was made")
+
+    with taken_port() as port, taken_port() as other:
+        ports = {1: port, 2: other}
+    border = Border(**{name: replace(place, port=ports[place.port]) for name, place in places.items()})  # type: ignore[arg-type]
+    for number, had in ports.items():
+        words = words.replace(f"is {number},", f"is {had},")
+    with pytest.raises(InvalidInput, match=words):
+        asyncio.run(serve(engine, main, port, border=border, on_ready=print))
+
+
+def test_one_port_on_two_addresses_is_no_collision() -> None:
+    with taken_port() as port:
+        pass
+    Place("127.0.0.2", port).ensure_apart(Place("127.0.0.1", port))
+    Place("127.0.0.1", 0).ensure_apart(Place("127.0.0.1", 0))
+
+
 def test_a_port_that_is_taken_meanwhile_frees_those_that_were_had() -> None:
     engine = FakeEngine()
 

@@ -20,7 +20,7 @@ from knnlm_server.client_channel import MOST_ATTEMPTS, Connection
 from knnlm_server.errors import QueueFull
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
-from knnlm_server.sequence import FinishEvent, TokenEvent
+from knnlm_server.sequence import FinishEvent, Limits, TokenEvent
 from tests.server.conftest import WAIT_SECONDS, RunningServer, running
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_server import process
@@ -66,6 +66,27 @@ def test_a_long_request_is_tried_again_too(detokenize: Detokenize) -> None:
     script = Script([Failure(UNAVAILABLE)])
     with scripted(script) as target:
         assert detokenize(target, SOON, [2**31] * 1_000_000) == "done"
+
+
+class Arrivals(grpc.ServerInterceptor):
+    """Counts calls as they arrive, those too whose message is never read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        self.count += 1
+        return continuation(handler_call_details)
+
+
+def test_a_request_larger_than_a_server_takes_by_default_is_sent_once() -> None:
+    arrivals, limit = Arrivals(), Limits(context=64).max_message_bytes
+    options = [("grpc.max_receive_message_length", limit)]
+    with scripted(Script(), options=options, interceptors=[arrivals]) as target, GenerationClient(target, retries=SOON) as client:
+        with pytest.raises(RequestFailed, match="larger than the server takes on, and will not be later") as caught:
+            client.detokenize([0] * limit)
+        assert (caught.value.code, caught.value.retry_seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
+    assert arrivals.count == 1
 
 
 def test_attempts_come_to_an_end(detokenize: Detokenize) -> None:
@@ -298,6 +319,40 @@ def test_tls(authority: trustme.CA, ca: Path) -> None:
         for tls in (None, Tls()):
             with GenerationClient(target, tls=tls, retries=SOON) as client, pytest.raises(ServerUnavailable):
                 client.detokenize([1])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_tls_on_one_side_alone_is_said_in_a_sentence(authority: trustme.CA, ca: Path, encrypted: bool, host: str) -> None:
+    said = "speaks no TLS, but the client does; leave tls out" if encrypted else "speaks TLS, but the client does not; give it tls"
+
+    async def use(target: str) -> None:
+        async with AsyncGenerationClient(target, tls=Tls(ca) if encrypted else None, retries=SOON) as client:
+            with pytest.raises(ServerUnavailable, match=said):
+                await client.detokenize([1])
+            with pytest.raises(ServerUnavailable, match=said):
+                _ = [event async for event in client.stream("a")]
+
+    with scripted(Script(), None if encrypted else server_credentials(authority, "localhost")) as address:
+        target = f"{host}:{address.rpartition(':')[2]}"
+        with GenerationClient(target, tls=Tls(ca) if encrypted else None, retries=SOON) as client:
+            with pytest.raises(ServerUnavailable, match=f"The server at {target} {said}"):
+                client.detokenize([1])
+            with pytest.raises(ServerUnavailable, match=said):
+                list(client.stream("a"))
+            with pytest.raises(ServerUnavailable, match=said):
+                client.wait_until_ready(timeout=0.5)
+        asyncio.run(use(target))
+
+
+def test_where_both_sides_agree_on_tls_nothing_is_said_of_it(authority: trustme.CA, ca: Path) -> None:
+    with scripted(Script(), server_credentials(authority, "knnlm.test")) as target:
+        with GenerationClient(target, tls=Tls(ca), retries=SOON) as client, pytest.raises(ServerUnavailable, match=r"\.$") as caught:
+            client.detokenize([1])
+        assert "speaks" not in str(caught.value)
+    with GenerationClient(target, retries=SOON) as client, pytest.raises(ServerUnavailable) as caught:  # nobody listens now
+        client.detokenize([1])
+    assert "speaks" not in str(caught.value)
 
 
 def test_mutual_tls(authority: trustme.CA, ca: Path, certificate: dict[str, Path]) -> None:

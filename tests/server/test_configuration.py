@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm import cli
+from knnlm.errors import InvalidInput
 from knnlm_server import app, serve_command
 from knnlm_server.configuration import settings_of
 from knnlm_server.serve_options import chosen_limits, named_datastores
@@ -32,6 +33,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         with monkeypatch.context() as patch:
             patch.setattr(app, "serve", instead)
+            patch.setattr(serve_command, "_serve", kept(serve_command._serve, called))
             for name, value in environment.items():
                 patch.setenv(name, value)
             status = cli.run(cli.load_commands(), ["serve", *map(str, arguments)])
@@ -40,8 +42,19 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     return run
 
 
+def kept(serve: Callable[..., None], called: dict[str, Any]) -> Callable[..., None]:
+    """``serve``, of which ``called`` keeps the resolved settings if it succeeds."""
+
+    def run(stores: Any, given: Any, resolved: dict[str, str]) -> None:
+        serve(stores, given, resolved)
+        called["resolved"] = resolved
+
+    return run
+
+
 def settings(called: dict[str, Any]) -> dict[str, str]:
-    found: dict[str, str] = called["border"].settings
+    """What was resolved, as the log has it."""
+    found: dict[str, str] = called["resolved"]
     return found
 
 
@@ -84,11 +97,16 @@ def test_several_values_come_from_tables_and_from_the_environment(serve: Serve, 
     assert settings(called)["limits"] == "max_k=3 (environment)"
 
 
-def test_clients_know_the_settings_but_no_paths_of_secrets(serve: Serve, tmp_path: Path) -> None:
+def test_clients_know_the_settings_but_no_paths_of_the_machine(serve: Serve, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nroles = ["generate"]\n')
-    _, called = serve("store", "--tokens", tokens)
-    assert not {"tokens", "tls_key", "tls_cert", "tls_client_ca", "config"} & set(settings(called))
+    arguments = ["--datastore", "wiki=secret-folder/wiki", "--model", "secret-folder/lm", "--tokens", tokens, "--port", 7]
+    _, called = serve("secret-folder/store", *arguments, KNNLM_SERVE_TLS_KEY="")
+    assert "secret-folder/wiki" in settings(called)["datastores"]
+    told: dict[str, str] = called["border"].settings
+    assert told["port"] == "7 (flag)"
+    assert not {"tokens", "tls_key", "tls_cert", "tls_client_ca", "config"} & set(told)
+    assert not [value for value in told.values() if "secret-folder" in value or str(tmp_path) in value]
 
 
 @pytest.mark.parametrize(
@@ -235,11 +253,67 @@ def test_options_that_cannot_be_used_are_named(serve: Serve, arguments: list[str
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[limits]\nmax_kk = 3", "limits is max_kk=3, but there is no such limit; did you mean max_k?"),
+        ("[datastores]\n'a b' = 'x'", "datastores is 'a b=x', but a name has 1 to 64"),
+        ("memory = 'much'", "memory is 'much', but must be a size"),
+        ("tokens = 'nowhere'", "tokens is nowhere, which can't be read"),
+    ],
+)
+def test_a_value_of_the_file_that_cannot_be_used_is_blamed_on_the_file_and_its_key(
+    serve: Serve, file: Any, content: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(content)
+    assert serve("store", "--config", path) == (2, {})
+    assert capsys.readouterr().err.startswith(f"error: {path}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("KNNLM_SERVE_LIMITS", "max_k=0", "is max_k=0, but must be a whole number from 1"),
+        ("KNNLM_SERVE_DATASTORES", ".a=x", "is '.a=x', but a name has"),
+        ("KNNLM_SERVE_PREFIX_CACHE", "much", "is 'much', but must be a size"),
+    ],
+)
+def test_a_value_of_a_variable_that_cannot_be_used_is_blamed_on_the_variable(
+    serve: Serve, name: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve("store", **{name: value}) == (2, {})
+    assert capsys.readouterr().err.startswith(f"error: {name} {words}")
+
+
+def test_a_flag_that_cannot_be_used_is_blamed_also_where_the_file_has_the_key(
+    serve: Serve, file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve("store", "--config", file("[limits]\nmax_k = 3"), "--limit", "max_k=0") == (2, {})
+    assert capsys.readouterr().err.startswith("error: --limit is max_k=0")
+
+
+def test_what_the_engine_finds_wrong_is_blamed_on_the_source_too(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from knnlm_server import engine_opening
+
+    def refuse(**_: Any) -> None:
+        raise InvalidInput("weight", "is 2.0, but must be from 0 to 1.")
+
+    async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
+        engine_factory()
+
+    monkeypatch.setattr(engine_opening, "build_async_engine", refuse)
+    monkeypatch.setattr(app, "check", load)
+    assert serve("store", "--check", KNNLM_SERVE_WEIGHT="2") == (2, {})
+    assert "error: KNNLM_SERVE_WEIGHT is 2.0, but must be from 0 to 1.\n" in capsys.readouterr().err
+
+
 def test_what_the_engine_is_told_and_the_log(monkeypatch: pytest.MonkeyPatch, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    from knnlm_server import async_engine
+    from knnlm_server import engine_opening
 
     told: dict[str, Any] = {}
-    monkeypatch.setattr(async_engine, "build_async_engine", lambda **options: told.update(options))
+    monkeypatch.setattr(engine_opening, "build_async_engine", lambda **options: told.update(options))
 
     async def load(engine_factory: Any, *_: Any, **__: Any) -> None:
         await asyncio.to_thread(engine_factory)

@@ -71,6 +71,16 @@ def test_the_prompt_can_come_from_standard_input(invoke: Invoke, engine: FakeEng
     assert bytes(engine.requests[0].prompt) == b"hello"
 
 
+@pytest.mark.parametrize("name", ["generate", "retrieve"])
+def test_bytes_on_standard_input_that_are_no_text_are_blamed_on_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    ran = command(capsys, name, "-", "--target", "localhost:1")
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert ran.stderr == "error: standard input is not UTF-8: byte 2 is 0xff.\n"
+
+
 def test_options_arrive(invoke: Invoke, engine: FakeEngine) -> None:
     options = "--temperature 0 --top-k 4 --top-p 0.5 --min-p 0.1 --repetition-penalty 1.5 --seed 3 --stop x --stop y"
     options += " --typical-p 0.7 --frequency-penalty 0.5 --presence-penalty -0.5 --max-seconds 9"

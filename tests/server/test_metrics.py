@@ -48,6 +48,8 @@ def test_steps_add_up_and_gauges_are_those_of_the_last(steps: list[StepReport]) 
     assert value(metrics, "knnlm_requests_waiting") == steps[-1].waiting
     assert value(metrics, "knnlm_waiting_tokens") == steps[-1].waiting_tokens
     assert value(metrics, "knnlm_cache_tokens") == steps[-1].cache_tokens
+    assert value(metrics, "knnlm_texts_scoring") == steps[-1].scoring
+    assert value(metrics, "knnlm_scoring_tokens") == steps[-1].scoring_tokens
     assert value(metrics, "knnlm_retrieval_steps_total", outcome="retrieved") == sum(step.searched_rows for step in steps)
     assert value(metrics, "knnlm_retrieval_steps_total", outcome="skipped") == sum(step.skipped_rows for step in steps)
     assert value(metrics, "knnlm_prompt_tokens_computed_total") == sum(step.prompt_tokens for step in steps)

@@ -359,6 +359,42 @@ def test_truncation_keeps_the_last_tokens_that_fit(length: int, new: int) -> Non
     assert list(found.prompt) == prompt[-len(found.prompt) :]
 
 
+def test_too_many_ids_are_counted_before_they_are_looked_at() -> None:
+    ids = [1000] * 100  # outside the vocabulary
+    assert "has 100 tokens" in refused(request(ids)).problem
+    assert "has 100 tokens" in refused(pb.ScoreRequest(input=given_input(ids))).problem
+    assert "has 100 tokens" in refused(pb.RetrieveRequest(context=given_input(ids))).problem
+    assert "has 100 tokens" in refused(pb.DetokenizeRequest(token_ids=ids)).problem
+    assert "has 100 tokens" in refused(request(stopping={"stop_token_ids": ids})).problem
+
+
+def test_ids_that_are_cut_off_are_looked_at_too() -> None:
+    assert refused(request([1000, *[1] * 100], truncate_prompt=True)).field == "prompt.token_ids.ids[0]"
+
+
+@pytest.mark.parametrize(
+    ("parts", "field", "entries"),
+    [
+        ({"stopping": {"max_new_tokens": 41}, "num_samples": 4, "detail": {"alternatives": 5}}, "options.stopping.max_new_tokens", 984),
+        ({"stopping": {"max_new_tokens": 41}, "best_of": 4, "detail": {"alternatives": 5}}, "options.stopping.max_new_tokens", 984),
+        ({"stopping": {"max_new_tokens": 34}, "num_samples": 4, "detail": {"alternatives": 3, "neighbors": 4}}, None, 1088),
+        ({"stopping": {"max_new_tokens": 3}, "num_samples": 3, "detail": {"alternatives": 500}}, "options.detail.alternatives", 4509),
+        ({"stopping": {"max_new_tokens": 3}, "num_samples": 3, "detail": {"neighbors": 500}}, "options.detail.neighbors", 4509),
+        ({"stopping": {"max_new_tokens": 3}, "num_samples": 400}, "options.best_of", 1200),
+    ],
+)
+def test_an_answer_that_would_be_too_large_is_refused_with_the_numbers(parts: dict[str, Any], field: str | None, entries: int) -> None:
+    limits = replace(LIMITS, max_answer_entries=983, max_alternatives=1000, max_neighbors=1000, max_samples=1000)
+    reader = RequestReader(ByteTokenizer(), replace(INFO, limits=limits, vocabulary_size=1000))
+    error = refused(request("a", **parts), reader)
+    assert error.field == field or field is None
+    assert f"have {entries} entries, but at most 983 are answered" in error.problem
+    exact = RequestReader(ByteTokenizer(), replace(reader.info, limits=replace(limits, max_answer_entries=entries)))
+    assert read(request("a", **parts), exact).samples >= 3
+    if "best_of" not in parts:
+        assert read(request("a", kind=pb.StreamGenerateRequest, **parts), reader).samples >= 3
+
+
 def test_a_prompt_that_just_fits_is_taken() -> None:
     assert len(READER.generation(request("a" * 56), "r1").prompt) == 56
 

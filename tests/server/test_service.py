@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from knnlm_server import converters
+from knnlm_server import converters, request_gate
 from knnlm_server.errors import QueueFull
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
@@ -196,6 +196,19 @@ def test_a_full_queue_says_when_to_come_again(stub_of: Any) -> None:
         list(stub.StreamGenerate(stream("fail")))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details(caught.value, error_details_pb2.RetryInfo).retry_delay.ToSeconds() > 0
+
+
+def test_a_full_queue_says_when_by_the_pace_of_the_last_answers(stub_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_gate, "MOST_RETRY_SECONDS", 0.25)
+    monkeypatch.setattr(request_gate, "LEAST_RETRY_SECONDS", 0.25)
+    stub = stub_of(FakeEngine(failure=QueueFull("256 requests are waiting.")))
+    stub.Generate(generate())
+    stub.Score(pb.ScoreRequest(input=pb.Input(text="hi")))
+    stub.Tokenize(pb.TokenizeRequest(text="hi"))  # which the engine does not work on
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Generate(generate("fail"))
+    assert details(caught.value, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 250
+    assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
 
 
 def test_an_exception_in_the_engine_ends_only_its_own_request(stub_of: Any) -> None:

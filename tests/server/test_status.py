@@ -86,6 +86,13 @@ def test_queue_full_says_when_to_come_again() -> None:
     assert dict(status_of(QueueFull("full"), "r1").trailing_metadata)["grpc-retry-pushback-ms"] == "1000"
 
 
+def test_what_the_server_knows_of_its_pace_is_said_to_programs_and_to_grpc() -> None:
+    full = QueueFull("full")
+    full.retry_seconds = 12.345
+    assert details(full)["RetryInfo"].retry_delay.ToMilliseconds() == 12345
+    assert dict(status_of(full, "r1").trailing_metadata)["grpc-retry-pushback-ms"] == "12345"
+
+
 def test_only_a_full_queue_asks_to_come_again() -> None:
     assert "RetryInfo" not in details(ReadTooSlowly("slow"))
     assert "grpc-retry-pushback-ms" not in dict(status_of(ReadTooSlowly("slow"), "r1").trailing_metadata)

@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 from knnlm.errors import InvalidInput
+from knnlm_server.access import TokenAccess
 from knnlm_server.app import Border
 from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
@@ -166,3 +167,48 @@ def test_files_that_cannot_be_used_are_named(
 
 def issue_key(files: TLSFiles, authority: trustme.CA) -> None:
     files.key.write_bytes(authority.issue_cert("localhost").private_key_pem.bytes())
+
+
+@pytest.mark.parametrize(
+    ("names", "common_name", "tenant"),
+    [
+        (["app.example"], "search-team", "search-team"),
+        (["app.example", "other.example"], None, "app.example"),
+        (["app.example"], "Büro", "Büro"),
+    ],
+)
+def test_a_client_certificate_names_the_tenant(
+    start_server: Start, tmp_path: Path, authority: trustme.CA, names: list[str], common_name: str | None, tenant: str
+) -> None:
+    engine, clients = FakeEngine(), trustme.CA()
+    tls = TLS(issue(tmp_path, authority, client_ca=clients))
+    client = clients.issue_cert(*names, common_name=common_name)
+    target = start_server(engine, border=Border(tls=tls)).target
+    with grpc.secure_channel(target, trusting(authority, client), options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = GenerationServiceStub(channel)
+        text, stopping = pb.Input(text="hi"), pb.StoppingOptions(max_new_tokens=8)
+        stub.Generate(pb.GenerateRequest(prompt=text, options=pb.GenerationOptions(stopping=stopping)), timeout=WAIT_SECONDS)
+        stub.Score(pb.ScoreRequest(input=text), timeout=WAIT_SECONDS)
+        stub.Retrieve(pb.RetrieveRequest(context=text), timeout=WAIT_SECONDS)
+    assert [found[0].tenant for found in (engine.requests, engine.scored, engine.retrieved)] == [tenant] * 3
+
+
+def test_a_token_names_the_tenant_whatever_the_certificate_says(start_server: Start, tmp_path: Path, authority: trustme.CA) -> None:
+    engine, clients = FakeEngine(), trustme.CA()
+    tls = TLS(issue(tmp_path, authority, client_ca=clients))
+    write(tmp_path / "tokens.toml", b'[[tokens]]\nname = "bob"\ntoken = "0123456789abcdef"\nroles = ["generate"]\n')
+    border = Border(tls=tls, access=TokenAccess(tmp_path / "tokens.toml"))
+    target = start_server(engine, border=border).target
+    client = clients.issue_cert("c.example", common_name="alice")
+    with grpc.secure_channel(target, trusting(authority, client), options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        bearer = (("authorization", "Bearer 0123456789abcdef"),)
+        GenerationServiceStub(channel).Score(pb.ScoreRequest(input=pb.Input(text="hi")), metadata=bearer, timeout=WAIT_SECONDS)
+    assert engine.scored[0].tenant == "bob"
+
+
+def test_without_certificates_there_is_one_tenant(start_server: Start, files: TLSFiles, authority: trustme.CA) -> None:
+    engine = FakeEngine()
+    target = start_server(engine, border=Border(tls=TLS(files))).target
+    with grpc.secure_channel(target, trusting(authority)) as channel:
+        GenerationServiceStub(channel).Score(pb.ScoreRequest(input=pb.Input(text="hi")), timeout=WAIT_SECONDS)
+    assert engine.scored[0].tenant == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from knnlm_server.pb import generation_pb2 as pb
 from knnlm_server.pb.generation_pb2_grpc import GenerationServiceStub
 from knnlm_server.service import SERVICE_NAME
 from knnlm_server.tracing import OpenTelemetryTracing
-from tests.server.conftest import WAIT_SECONDS, RunningServer
+from tests.server.conftest import WAIT_SECONDS, RunningServer, running
 from tests.server.fake_engine import FakeEngine
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 trace = pytest.importorskip("opentelemetry.trace")
 export = pytest.importorskip("opentelemetry.sdk.trace.export")
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+trace_messages = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc")
 
 Start = Callable[..., RunningServer]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -98,6 +101,39 @@ def test_without_the_extra_tracing_is_refused_in_one_sentence_and_nothing_else_n
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=root / "server")
     assert "MissingDependency: Tracing needs OpenTelemetry; install it with: pip install 'knnlm[tracing]'." in found.stderr
+
+
+class Collector(trace_service.TraceServiceServicer):  # type: ignore[misc, name-defined]
+    """Keeps what is exported to it."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    def Export(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return trace_messages.ExportTraceServiceResponse()
+
+
+def test_spans_arrive_at_a_collector_that_opentelemetrys_variables_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, server = Collector(), grpc.server(futures.ThreadPoolExecutor(2))
+    trace_service.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    # The end of the server sends what was not sent yet.
+    with running(FakeEngine(), border=Border(tracing=OpenTelemetryTracing())) as one, grpc.insecure_channel(one.target) as channel:
+        GenerationServiceStub(channel).Generate(request(), metadata=(("traceparent", PARENT),), timeout=WAIT_SECONDS)
+    server.stop(None).wait()
+    (of_service,) = [spans for exported in collector.requests for spans in exported.resource_spans]
+    names = {attribute.key: attribute.value.string_value for attribute in of_service.resource.attributes}
+    assert names["service.name"] == "mine"
+    (span,) = [span for scope in of_service.scope_spans for span in scope.spans]
+    assert span.name == "knnlm.v1.GenerationService/Generate"
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == tuple(PARENT.split("-")[1:3])
+    told = {attribute.key: attribute.value for attribute in span.attributes}
+    assert told["rpc.grpc.status_code"].int_value == 0
+    assert "secret" not in str(collector.requests)
 
 
 def test_the_service_is_called_knnlm_unless_the_operator_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -464,7 +464,7 @@ class DefaultRetrieval(_message.Message):
     def __init__(self, interpolation_weight: _Optional[float] = ..., k: _Optional[int] = ..., knn_temperature: _Optional[float] = ..., adaptive_weight: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("context", "max_k", "max_alternatives", "max_neighbors", "max_concurrent", "max_waiting_requests", "max_waiting_tokens", "max_score_tokens", "max_stop_strings", "max_stop_string_characters", "max_text_bytes", "max_samples", "max_logit_biases", "max_bad_words", "max_datastores", "max_evidence_documents", "max_message_bytes", "max_seconds", "max_unread_events", "max_stop_token_ids")
+    __slots__ = ("context", "max_k", "max_alternatives", "max_neighbors", "max_concurrent", "max_waiting_requests", "max_waiting_tokens", "max_score_tokens", "max_stop_strings", "max_stop_string_characters", "max_text_bytes", "max_samples", "max_logit_biases", "max_bad_words", "max_datastores", "max_evidence_documents", "max_message_bytes", "max_seconds", "max_unread_events", "max_stop_token_ids", "max_answer_entries")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
@@ -485,6 +485,7 @@ class Limits(_message.Message):
     MAX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MAX_UNREAD_EVENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     context: int
     max_k: int
     max_alternatives: int
@@ -505,4 +506,5 @@ class Limits(_message.Message):
     max_seconds: float
     max_unread_events: int
     max_stop_token_ids: int
-    def __init__(self, context: _Optional[int] = ..., max_k: _Optional[int] = ..., max_alternatives: _Optional[int] = ..., max_neighbors: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., max_score_tokens: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_characters: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_logit_biases: _Optional[int] = ..., max_bad_words: _Optional[int] = ..., max_datastores: _Optional[int] = ..., max_evidence_documents: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_seconds: _Optional[float] = ..., max_unread_events: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ...) -> None: ...
+    max_answer_entries: int
+    def __init__(self, context: _Optional[int] = ..., max_k: _Optional[int] = ..., max_alternatives: _Optional[int] = ..., max_neighbors: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., max_score_tokens: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_characters: _Optional[int] = ..., max_text_bytes: _Optional[int] = ..., max_samples: _Optional[int] = ..., max_logit_biases: _Optional[int] = ..., max_bad_words: _Optional[int] = ..., max_datastores: _Optional[int] = ..., max_evidence_documents: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_seconds: _Optional[float] = ..., max_unread_events: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_answer_entries: _Optional[int] = ...) -> None: ...
