@@ -12,6 +12,8 @@ from torch import Tensor
 
 from knnlm.neighbors import Neighbors
 
+LEAST = torch.finfo(torch.float64).min
+
 
 def log_weights(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
     """log softmax(-d / T + log w) over the neighbours found: [n, k] float64, -inf where a place holds none.
@@ -19,14 +21,17 @@ def log_weights(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
     ``temperature``: one number or [n], above 0, in units of squared distance. w: the weight of a neighbour's datastore
     where there are several, else 1. A row without any neighbour is all -inf.
     """
-    per_row = torch.as_tensor(temperature, dtype=torch.float64, device=neighbors.distances.device).reshape(-1, 1)
-    distances = torch.where(neighbors.found, neighbors.distances.double(), torch.inf)
+    found, distances = neighbors.found, neighbors.distances.double()
+    if distances.shape[1] == 0:
+        return distances
+    per_row = torch.as_tensor(temperature, dtype=torch.float64, device=distances.device).reshape(-1, 1)
+    distances = torch.where(found, distances, torch.inf)
     # Relative to the nearest first, so that no distance and no temperature overflows.
-    nearest = distances.topk(min(1, distances.shape[1]), largest=False).values
-    scores = torch.where(neighbors.found, (nearest - distances) / per_row, -torch.inf)
+    scores = (distances.amin(1, keepdim=True) - distances).div_(per_row)
     if neighbors.log_priors is not None:
-        scores = scores + neighbors.log_priors
-    return torch.where(neighbors.found, scores - torch.logsumexp(scores, dim=1, keepdim=True), -torch.inf)
+        scores += neighbors.log_priors
+    # In a row without any, inf - inf is NaN, and nothing of it stays.
+    return torch.where(found, scores - scores.logsumexp(1, keepdim=True), -torch.inf)
 
 
 def neighbor_token_log_probs(neighbors: Neighbors, temperature: Tensor | float) -> Tensor:
@@ -35,14 +40,14 @@ def neighbor_token_log_probs(neighbors: Neighbors, temperature: Tensor | float) 
     The weights are added up per token by a segmented log-sum-exp over the row sorted by token: the largest of a segment
     first, then the sum relative to it. -inf where a place holds no neighbour and no other has its token.
     """
-    weights = log_weights(neighbors, temperature)
     tokens, order = neighbors.tokens.sort(dim=1)
-    weights = weights.gather(1, order)
+    weights = log_weights(neighbors, temperature).gather(1, order)
     segment = torch.zeros_like(tokens)
-    segment[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).cumsum(1)
+    torch.cumsum(tokens[:, 1:] != tokens[:, :-1], 1, out=segment[:, 1:])
     largest = torch.full_like(weights, -torch.inf).scatter_reduce_(1, segment, weights, reduce="amax")
-    relative = torch.where(weights > -torch.inf, (weights - largest.gather(1, segment)).exp(), 0.0)
-    totals = largest + torch.zeros_like(weights).scatter_add_(1, segment, relative).log()
+    # Finite, so that a segment of places that hold none has exp(-inf) = 0.
+    relative = weights.sub_(largest.clamp(min=LEAST).gather(1, segment)).exp_()
+    totals = largest.add_(torch.zeros_like(weights).scatter_add_(1, segment, relative).log_())
     return torch.empty_like(weights).scatter_(1, order, totals.gather(1, segment)).float()
 
 
@@ -64,3 +69,9 @@ def knn_token_log_probs(neighbors: Neighbors, temperature: Tensor | float, token
     """
     same = neighbors.tokens == tokens[:, None]
     return torch.logsumexp(torch.where(same, log_weights(neighbors, temperature), -torch.inf), dim=1).float()
+
+
+def votes_for(tokens: Tensor, neighbors: Neighbors, votes: Tensor) -> Tensor:
+    """:func:`knn_token_log_probs` of ``tokens`` [n] out of what :func:`neighbor_token_log_probs` gave: [n] float32."""
+    theirs = torch.where(neighbors.tokens == tokens[:, None], votes, -torch.inf)
+    return theirs.max(1).values if theirs.shape[1] else theirs.new_full((len(theirs),), -torch.inf)

@@ -28,10 +28,13 @@ FEATURES = (
     "knn_entropy",
     "knn_max_log_prob",
     "lm_of_knn_best",
+    "knn_of_lm_best",
+    "cross_entropy",
     "agreement",
     "distinct_tokens",
     "followed",
 )
+ROWS_AT_ONCE = 16
 LEAST_LOG_PROB = -30.0
 LEAST_DISTANCE = 1e-6
 
@@ -47,12 +50,17 @@ class LMSummary:
 
     @classmethod
     def of(cls, log_probs: Tensor) -> LMSummary:
-        """Of log-probabilities [n, vocabulary]."""
-        most = log_probs.max(1)
-        probabilities = log_probs.exp()
-        # 0 · log 0 is 0.
-        entropy = -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(1)
-        return cls(entropy, most.values, most.indices)
+        """Of log-probabilities [n, vocabulary], in memory for a few rows at a time."""
+        entropies, most, best = zip(*map(_summed_up, log_probs.split(ROWS_AT_ONCE)), strict=True)
+        return cls(torch.cat(entropies), torch.cat(most), torch.cat(best))
+
+
+def _summed_up(log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, largest log-probability and its token of some rows [n, vocabulary]."""
+    most = log_probs.max(1)
+    # 0 · log 0 is 0. Summed up in float64, since a lone row may be divided between threads and another is not.
+    terms = log_probs.exp().mul_(log_probs.clamp(min=torch.finfo(log_probs.dtype).min))
+    return -terms.sum(1, dtype=torch.float64).to(log_probs.dtype), most.values, most.indices
 
 
 def lm_features(lm: LMSummary) -> Tensor:
@@ -61,7 +69,7 @@ def lm_features(lm: LMSummary) -> Tensor:
 
 
 def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neighbors: Tensor, followed: Tensor) -> Tensor:
-    """The features of :data:`FEATURES`: [n, 11] float64, all finite. Rows without any neighbour have those of the LM, else 0.
+    """The features of :data:`FEATURES`: [n, 13] float64, all finite. Rows without any neighbour have those of the LM, else 0.
 
     ``votes`` [n, k]: log p_kNN of each neighbour's token; ``lm_of_neighbors`` [n, k]: the LM's log-probability of it;
     ``followed`` [n]: how many tokens of context the row shares with one of its nearest neighbours
@@ -78,6 +86,9 @@ def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neig
     entropy = -torch.where(probabilities > 0, probabilities * votes, 0.0).sum(1)
     best = torch.where(found, votes, -torch.inf).max(1)
     lm_of_best = lm_of_neighbors.double().gather(1, best.indices[:, None])[:, 0]
+    knn_of_best = torch.where(found & (neighbors.tokens == lm.best[:, None]), votes, -torch.inf).max(1).values
+    # -Σ p_kNN log p_LM: how surprised the LM would be by what the neighbours say.
+    surprise = -(probabilities * lm_of_neighbors.double().clamp(min=LEAST_LOG_PROB)).sum(1)
     agreement = neighbors.tokens.gather(1, best.indices[:, None])[:, 0] == lm.best
     of_neighbors = [
         nearest.clamp(min=LEAST_DISTANCE).log(),
@@ -86,6 +97,8 @@ def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neig
         entropy,
         best.values.clamp(min=LEAST_LOG_PROB),
         lm_of_best.clamp(min=LEAST_LOG_PROB),
+        knn_of_best.clamp(min=LEAST_LOG_PROB),
+        surprise,
         agreement.double(),
         first.sum(1).clamp(min=1).double().log(),
         followed.double().log1p(),
@@ -117,10 +130,14 @@ class DistanceBuckets:
             raise ValueError("the edges of distance buckets must ascend")
 
     def __call__(self, features: Tensor) -> Tensor:
-        """λ [n] float64 for ``features`` [n, 11]."""
-        nearest = features[:, FEATURES.index("nearest")]
+        """λ [n] float64 for ``features`` [n, 13]."""
+        return torch.tensor(self.weights, dtype=torch.float64)[self.places(features)]
+
+    def places(self, features: Tensor) -> Tensor:
+        """The number of each row's bucket: [n] int64."""
+        nearest = features[:, FEATURES.index("nearest")].contiguous()
         edges = torch.tensor(self.edges, dtype=torch.float64).clamp(min=LEAST_DISTANCE).log()
-        return torch.tensor(self.weights, dtype=torch.float64)[torch.bucketize(nearest, edges)]
+        return torch.bucketize(nearest, edges)
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,8 @@ class Network:
             values = values @ torch.tensor(matrix, dtype=torch.float64).T + torch.tensor(biases, dtype=torch.float64)
             if place < len(self.layers) - 1:
                 values = values.tanh()
-        return values[:, 0].sigmoid()
+        # As float32: in which order a batch's products are summed up changes the last bits of a float64.
+        return values[:, 0].sigmoid().float().double()
 
 
 @dataclass(frozen=True)
@@ -179,7 +197,7 @@ class Gate:
     skip: SkipRule | None = None
 
     def weights(self, features: Tensor) -> Tensor:
-        """λ [n] float64 for ``features`` [n, 11]."""
+        """λ [n] float64 for ``features`` [n, 13]."""
         weights = self.form(features)
         return torch.where(weights < self.floor, 0.0, weights)
 

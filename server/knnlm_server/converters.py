@@ -205,7 +205,7 @@ def score_message(request: ScoreRequest, result: ScoreResult) -> pb.ScoreRespons
         token_ids=request.tokens,
         log_probs=result.log_probs,
         lm_log_probs=result.lm_log_probs,
-        knn_log_probs=result.knn_log_probs if request.retrieval.weight > 0 else (),
+        knn_log_probs=result.knn_log_probs if request.retrieval.searches else (),
     )
 
 
@@ -220,10 +220,10 @@ def server_info_message(info: ServerInfo) -> pb.GetServerInfoResponse:
 def _datastore_message(info: DatastoreInfo) -> pb.DatastoreInfo:
     retrieval = info.default_retrieval
     facts = {name: value for name, value in vars(info).items() if name != "default_retrieval"}
-    return pb.DatastoreInfo(
-        **facts,
-        default_retrieval=pb.DefaultRetrieval(interpolation_weight=retrieval.weight, k=retrieval.k, knn_temperature=retrieval.temperature),
+    defaults = pb.DefaultRetrieval(
+        interpolation_weight=retrieval.weight, k=retrieval.k, knn_temperature=retrieval.temperature, adaptive_weight=retrieval.adaptive
     )
+    return pb.DatastoreInfo(**facts, default_retrieval=defaults)
 
 
 def read_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -242,7 +242,7 @@ def read_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
 def _read_datastore(message: pb.DatastoreInfo) -> DatastoreInfo:
     retrieval = message.default_retrieval
     facts = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature)
+    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature, adaptive=retrieval.adaptive_weight)
     return DatastoreInfo(**facts | {"default_retrieval": default})
 
 

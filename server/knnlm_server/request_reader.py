@@ -67,7 +67,7 @@ class RequestReader:
         refuse_unknown(message)
         given, most = values_of(message), self.info.limits.max_neighbors
         wanted = pb.RetrievalOptions(**{name: given[name] for name in ("k", "knn_temperature", "datastores") if name in given})
-        retrieval = replace(self._retrieval(wanted, ""), weight=1.0)
+        retrieval = replace(self._retrieval(wanted, ""), weight=1.0, adaptive=False)
         neighbors = given.get("neighbors", min(retrieval.k * max(1, len(retrieval.datastores)), most))
         require(1 <= neighbors <= most, "neighbors", f"is {neighbors}, but must be from 1 to {most}.")
         room = self.info.limits.context
@@ -203,6 +203,7 @@ class RequestReader:
         retrieval = replace(
             chosen[0].default_retrieval,
             datastores=tuple(_choice(choice) for choice in message.datastores),
+            adaptive=chosen[0].default_retrieval.adaptive and not given and len(chosen) == 1,
             **{names[name]: value for name, value in given.items()},
         )
         require(0 <= retrieval.weight <= 1, at(path, "interpolation_weight"), f"is {retrieval.weight}, but must be from 0 to 1.")

@@ -452,14 +452,16 @@ class DatastoreInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., index: _Optional[str] = ..., key_layer: _Optional[str] = ..., key_dimension: _Optional[int] = ..., distance: _Optional[str] = ..., default_retrieval: _Optional[_Union[DefaultRetrieval, _Mapping]] = ..., defaults_source: _Optional[str] = ...) -> None: ...
 
 class DefaultRetrieval(_message.Message):
-    __slots__ = ("interpolation_weight", "k", "knn_temperature")
+    __slots__ = ("interpolation_weight", "k", "knn_temperature", "adaptive_weight")
     INTERPOLATION_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     KNN_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     interpolation_weight: float
     k: int
     knn_temperature: float
-    def __init__(self, interpolation_weight: _Optional[float] = ..., k: _Optional[int] = ..., knn_temperature: _Optional[float] = ...) -> None: ...
+    adaptive_weight: bool
+    def __init__(self, interpolation_weight: _Optional[float] = ..., k: _Optional[int] = ..., knn_temperature: _Optional[float] = ..., adaptive_weight: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("context", "max_k", "max_alternatives", "max_neighbors", "max_concurrent", "max_waiting_requests", "max_waiting_tokens", "max_score_tokens", "max_stop_strings", "max_stop_string_characters", "max_text_bytes", "max_samples", "max_logit_biases", "max_bad_words", "max_datastores", "max_evidence_documents", "max_message_bytes", "max_seconds", "max_unread_events", "max_stop_token_ids", "max_answer_entries")
