@@ -17,6 +17,7 @@ from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
 
 COMMANDS = "knnlm.commands"
+COMMAND_MODULES = ("knnlm.scaling_command",)
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -298,6 +299,8 @@ def doctor(
 @functools.cache
 def load_commands() -> typer.Typer:
     """The command with the subcommands of all installed packages, each registered once."""
+    for module in COMMAND_MODULES:
+        importlib.import_module(module).register(app)
     for found in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         module, _, function = found.value.partition(":")
         getattr(importlib.import_module(module), function)(app)
