@@ -23,14 +23,17 @@ def scaling_plot(scaling: Scaling) -> Figure:
 
 
 def _by_size(axes: Any, scaling: Scaling) -> None:
+    """The change against the base LM, whose paired errors are smaller than those of the perplexities."""
     points = scaling.at_k(scaling.mixture.k)
     entries = [point.entries for point in points]
-    axes.axhline(scaling.base.perplexity, color=BASE, linestyle="--", label="base LM")
+    axes.axhline(0, color=BASE, linestyle="--", label="base LM")
     _line(axes, entries, [point.fixed for point in points], f"λ = {scaling.mixture.weight:g}", MIXTURE)
     refitted = [point.refitted for point in points if point.refitted is not None]
     if refitted:
         _line(axes, entries, refitted, "λ fitted at each size", THIRD)
-    axes.set(xscale="log", xlabel="entries", ylabel="perplexity", title=f"datastore size, k = {scaling.mixture.k}")
+    axes.set(xscale="log", xlabel="entries", ylabel="change of perplexity, %", title=f"datastore size, k = {scaling.mixture.k}")
+    axes.set_xticks(entries, [f"{count:,}" for count in entries], rotation=30)
+    axes.minorticks_off()
     axes.legend()
 
 
@@ -61,5 +64,5 @@ def _by_setting(axes: Any, scaling: Scaling) -> None:
 
 
 def _line(axes: Any, x: Sequence[int], measured: Sequence[Measured], label: str, color: str) -> None:
-    errors = [point.standard_error for point in measured]
-    axes.errorbar(x, [point.perplexity for point in measured], yerr=errors, marker="o", capsize=3, color=color, label=label)
+    errors = [100 * point.change_standard_error for point in measured]
+    axes.errorbar(x, [100 * point.change for point in measured], yerr=errors, marker="o", capsize=3, color=color, label=label)

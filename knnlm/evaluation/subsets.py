@@ -26,8 +26,8 @@ class Subset:
 
 
 def nested_subsets(store: Datastore, shares: Sequence[float], seed: int) -> list[Subset]:
-    """For each of ``shares`` (above 0, up to 1) the first documents of one random order that together hold so many of the
-    entries: every subset is part of the larger ones. Ascending; shares that fall on the same documents give one subset.
+    """For each of ``shares`` (above 0, up to 1) the first documents of one random order, one or more, whose entries come
+    nearest to it: every subset is part of the larger ones. Ascending; shares that fall on the same documents give one.
 
     Removed documents belong to none. Raises :class:`InvalidInput` for a share out of range, :class:`StoreError` where no
     document has an entry.
@@ -41,7 +41,7 @@ def nested_subsets(store: Datastore, shares: Sequence[float], seed: int) -> list
         raise StoreError(f"{store.path} has no document with an entry; there is nothing to measure.")
     order = np.random.default_rng(seed).permutation(live)
     entries = np.cumsum(table.token_counts[order] - 1)
-    counts = {int(np.searchsorted(entries, share * entries[-1])) + 1 for share in shares}
+    counts = {int(np.abs(entries - share * entries[-1]).argmin()) + 1 for share in shares}
     return [
         Subset(count, int(entries[count - 1]), store.allowed() if count == len(live) else _mask(store, order[:count]))
         for count in sorted(counts)
