@@ -64,3 +64,9 @@ def knn_token_log_probs(neighbors: Neighbors, temperature: Tensor | float, token
     """
     same = neighbors.tokens == tokens[:, None]
     return torch.logsumexp(torch.where(same, log_weights(neighbors, temperature), -torch.inf), dim=1).float()
+
+
+def votes_for(tokens: Tensor, neighbors: Neighbors, votes: Tensor) -> Tensor:
+    """:func:`knn_token_log_probs` of ``tokens`` [n] out of what :func:`neighbor_token_log_probs` gave: [n] float32."""
+    theirs = torch.where(neighbors.tokens == tokens[:, None], votes, -torch.inf)
+    return theirs.max(1).values if theirs.shape[1] else theirs.new_full((len(theirs),), -torch.inf)

@@ -28,6 +28,8 @@ FEATURES = (
     "knn_entropy",
     "knn_max_log_prob",
     "lm_of_knn_best",
+    "knn_of_lm_best",
+    "cross_entropy",
     "agreement",
     "distinct_tokens",
     "followed",
@@ -61,7 +63,7 @@ def lm_features(lm: LMSummary) -> Tensor:
 
 
 def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neighbors: Tensor, followed: Tensor) -> Tensor:
-    """The features of :data:`FEATURES`: [n, 11] float64, all finite. Rows without any neighbour have those of the LM, else 0.
+    """The features of :data:`FEATURES`: [n, 13] float64, all finite. Rows without any neighbour have those of the LM, else 0.
 
     ``votes`` [n, k]: log p_kNN of each neighbour's token; ``lm_of_neighbors`` [n, k]: the LM's log-probability of it;
     ``followed`` [n]: how many tokens of context the row shares with one of its nearest neighbours
@@ -78,6 +80,9 @@ def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neig
     entropy = -torch.where(probabilities > 0, probabilities * votes, 0.0).sum(1)
     best = torch.where(found, votes, -torch.inf).max(1)
     lm_of_best = lm_of_neighbors.double().gather(1, best.indices[:, None])[:, 0]
+    knn_of_best = torch.where(found & (neighbors.tokens == lm.best[:, None]), votes, -torch.inf).max(1).values
+    # -Σ p_kNN log p_LM: how surprised the LM would be by what the neighbours say.
+    surprise = -(probabilities * lm_of_neighbors.double().clamp(min=LEAST_LOG_PROB)).sum(1)
     agreement = neighbors.tokens.gather(1, best.indices[:, None])[:, 0] == lm.best
     of_neighbors = [
         nearest.clamp(min=LEAST_DISTANCE).log(),
@@ -86,6 +91,8 @@ def gate_features(lm: LMSummary, neighbors: Neighbors, votes: Tensor, lm_of_neig
         entropy,
         best.values.clamp(min=LEAST_LOG_PROB),
         lm_of_best.clamp(min=LEAST_LOG_PROB),
+        knn_of_best.clamp(min=LEAST_LOG_PROB),
+        surprise,
         agreement.double(),
         first.sum(1).clamp(min=1).double().log(),
         followed.double().log1p(),
@@ -117,7 +124,7 @@ class DistanceBuckets:
             raise ValueError("the edges of distance buckets must ascend")
 
     def __call__(self, features: Tensor) -> Tensor:
-        """λ [n] float64 for ``features`` [n, 11]."""
+        """λ [n] float64 for ``features`` [n, 13]."""
         nearest = features[:, FEATURES.index("nearest")]
         edges = torch.tensor(self.edges, dtype=torch.float64).clamp(min=LEAST_DISTANCE).log()
         return torch.tensor(self.weights, dtype=torch.float64)[torch.bucketize(nearest, edges)]
@@ -179,7 +186,7 @@ class Gate:
     skip: SkipRule | None = None
 
     def weights(self, features: Tensor) -> Tensor:
-        """λ [n] float64 for ``features`` [n, 11]."""
+        """λ [n] float64 for ``features`` [n, 13]."""
         weights = self.form(features)
         return torch.where(weights < self.floor, 0.0, weights)
 

@@ -37,7 +37,7 @@ def generate(
     length, cache, unread = len(tokens), DynamicCache(), list(tokens)
     draws = random.Random(params.seed)
     for _ in range(max_new_tokens):
-        mixed = knn_lm.next_token(unread, mixture, cache=cache)
+        mixed = knn_lm.next_token(unread, mixture, cache=cache, before=tokens[: -len(unread)])
         generated = len(tokens) - length
         token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=generated, base=mixed.lm_log_probs[0])
         if token in model.eos_ids:

@@ -17,6 +17,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from knnlm.errors import InvalidInput
+from knnlm.following import contexts_of
 from knnlm.mixture import Mixture
 from knnlm.opening import OpenedKNNLM, open_store
 
@@ -26,7 +27,7 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     Its logits are normalised log-probabilities of the mixture, so penalties of ``generate`` work on these, as the
     server's do (``docs/definition.md``, Sampling); with ``labels`` its loss is the mixture's. ``mixture``: None takes the
-    datastore's. ``tokenizer`` is the Hugging Face tokenizer of the base LM.
+    datastore's, with its adaptive weight. ``tokenizer`` is the Hugging Face tokenizer of the base LM.
     """
 
     config_class = PretrainedConfig
@@ -36,7 +37,7 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, opened: OpenedKNNLM, mixture: Mixture | None = None) -> None:
         super().__init__(opened.model.config)
-        self.opened, self.mixture = opened, (mixture or opened.knn_lm.mixture).validate()
+        self.opened, self.mixture = opened, None if mixture is None else mixture.validate()
         self.base = opened.model.hf_model
         self.tokenizer = opened.model.raw_tokenizer
         self.generation_config = self.base.generation_config
@@ -55,6 +56,10 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Those of the base LM."""
         return self.base.get_input_embeddings()
 
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What transformers prepares, and all tokens so far, by whose last ones an adaptive weight follows documents."""
+        return {**super().prepare_inputs_for_generation(input_ids, *args, **kwargs), "tokens_read": input_ids}  # type: ignore[misc]
+
     @torch.no_grad()
     def forward(
         self,
@@ -66,12 +71,14 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        tokens_read: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Log-probabilities of the mixture as ``logits`` [batch, columns, vocabulary]; arguments are those of the base LM.
 
-        ``logits_to_keep``: the last so many columns, or their numbers (0: all). Raises :class:`InvalidInput` without
-        ``input_ids``: there is no key for embeddings that stand for no token.
+        ``logits_to_keep``: the last so many columns, or their numbers (0: all). ``tokens_read`` [batch, any]: ``input_ids`` and
+        the tokens before them that ``past_key_values`` holds (None: ``input_ids`` alone), which only an adaptive weight looks
+        at. Raises :class:`InvalidInput` without ``input_ids``: there is no key for embeddings that stand for no token.
         """
         if input_ids is None:
             raise InvalidInput("input_ids", "must be given; inputs_embeds can't be used.")
@@ -85,12 +92,21 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
         out, keys = self.opened.model.run(input_ids=input_ids, logits_to_keep=logits_to_keep, **given, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         queries = keys[:, kept] if not isinstance(kept, int) else keys
-        log_probs = self._mix(out.logits, queries)
+        contexts = _contexts(input_ids if tokens_read is None else tokens_read, attention_mask)[:, -input_ids.shape[1] :]
+        log_probs = self._mix(out.logits, queries, contexts[:, kept] if not isinstance(kept, int) else contexts)
         loss = None if labels is None else self.loss_function(logits=log_probs, labels=labels, vocab_size=log_probs.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, past_key_values=out.past_key_values)
 
-    def _mix(self, logits: Tensor, queries: Tensor) -> Tensor:
-        """Log-probabilities of the mixture for logits [batch, columns, vocabulary] and queries [batch, columns, dimension]."""
+    def _mix(self, logits: Tensor, queries: Tensor, contexts: Tensor) -> Tensor:
+        """Log-probabilities of the mixture for logits [batch, columns, vocabulary], queries [batch, columns, dimension] and
+        contexts [batch, columns, 16]."""
         lm = logits.float().log_softmax(-1).flatten(0, 1).cpu()
-        mixed = self.opened.knn_lm.mix_all(lm, queries.flatten(0, 1).float().cpu(), self.mixture)
+        mixed = self.opened.knn_lm.mix_all(lm, queries.flatten(0, 1).float().cpu(), self.mixture, contexts.flatten(0, 1).cpu())
         return mixed.log_probs.view(logits.shape).to(logits.device)
+
+
+def _contexts(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last tokens that were read at each column of ``tokens`` [batch, length], padding left out: [batch, length, 16]."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        tokens = torch.where(attention_mask[:, -tokens.shape[1] :] > 0, tokens, -1)
+    return contexts_of(tokens)

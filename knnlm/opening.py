@@ -16,6 +16,8 @@ from knnlm.datastore.search_file import search_settings
 from knnlm.datastore_mix import NeighborSource, StoreMix
 from knnlm.errors import InvalidInput, StoreDamaged, StoreMismatch
 from knnlm.evaluation.compare import Comparison, compare
+from knnlm.gate import Gate
+from knnlm.gated import StoreGate
 from knnlm.generation import generate
 from knnlm.index import NeighborIndex, open_index
 from knnlm.knn_lm import KNNLanguageModel, Mixed
@@ -30,12 +32,21 @@ from knnlm.tokenized import TokenizedDocument, tokenize
 
 @dataclass(frozen=True)
 class SearchableStore:
-    """A datastore that can be searched, and the ``mixture`` that applies to it; ``mixture_source`` says where that comes from."""
+    """A datastore that can be searched, and the ``mixture`` that applies to it; ``mixture_source`` says where that comes from.
+
+    ``gate``: λ for each token, where k, temperature and weight all come from the datastore's profile and that has one.
+    """
 
     store: Datastore
     retriever: Retriever
     mixture: Mixture
     mixture_source: str
+    gate: Gate | None = None
+
+    @property
+    def store_gate(self) -> StoreGate | None:
+        """The gate with its datastore, as a batch needs it."""
+        return None if self.gate is None else StoreGate(self.gate, self.store)
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,8 @@ def open_store(
 ) -> OpenedKNNLM:
     """Open the datastore at ``store`` with its model and index.
 
-    The mixture: what is given here, else the store's calibrated profile, else the defaults of :class:`Mixture`.
+    The mixture: what is given here, else the store's calibrated profile, else the defaults of :class:`Mixture`. The profile's
+    adaptive weight applies where nothing is given.
     ``verify`` reads every file and compares checksums first. Raises the errors of :mod:`knnlm.errors`.
     """
     given = GivenMixture(k, temperature, weight)
@@ -149,7 +161,7 @@ def open_store(
     source = ModelSource.of(datastore.manifest, model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = source.load()
     searchable = _searchable(datastore, device, given, loaded.dtype)
-    return OpenedKNNLM(_knn_lm(loaded, searchable, searchable.retriever), searchable, loaded)
+    return OpenedKNNLM(_knn_lm(loaded, searchable, searchable.retriever, searchable.store_gate), searchable, loaded)
 
 
 def open_mix(
@@ -168,7 +180,8 @@ def open_mix(
     """Open several datastores, by name, with their model, and mix them: k neighbours from each share one softmax.
 
     ``weights``: how much the neighbours of a datastore count relative to those of others, by its name (1 where not
-    named); the rest as for :func:`open_store`, with defaults from the first one. Raises :class:`StoreMismatch` for
+    named); the rest as for :func:`open_store`, with defaults from the first one, and one weight for every token where there
+    are several. Raises :class:`StoreMismatch` for
     datastores that can't be mixed, and the errors of :mod:`knnlm.errors`.
     """
     weights = dict(weights or {})
@@ -183,7 +196,9 @@ def open_mix(
     given = GivenMixture(k, temperature, weight)
     searchable = {name: _searchable(store, device, given, loaded.dtype) for name, store in opened.items()}
     mix = StoreMix([part.retriever for part in searchable.values()], [weights.get(name, 1.0) for name in searchable])
-    return OpenedMix(_knn_lm(loaded, next(iter(searchable.values())), mix), searchable, loaded)
+    first = next(iter(searchable.values()))
+    # A gate knows the neighbours of its own datastore only.
+    return OpenedMix(_knn_lm(loaded, first, mix, first.store_gate if len(searchable) == 1 else None), searchable, loaded)
 
 
 def open_searchable(
@@ -210,29 +225,31 @@ class GivenMixture:
     weight: float | None = None
 
 
-def _mixture(store: Datastore, given: GivenMixture) -> tuple[Mixture, str]:
-    """The mixture that applies, and where it comes from."""
+def _mixture(store: Datastore, given: GivenMixture) -> tuple[Mixture, str, Gate | None]:
+    """The mixture that applies, where it comes from, and the gate, which belongs to the profile as it stands."""
     profile = store.profile
     chosen = {name: value for name, value in vars(given).items() if value is not None}
     mixture = replace(profile.mixture if profile else Mixture(), **chosen).validate()
     settings_from = "calibrated profile" if profile else "defaults"
     if chosen:
         settings_from = "given" if len(chosen) == 3 else f"{', '.join(sorted(chosen))} given, the rest {settings_from}"
-    return mixture, settings_from
+        return mixture, settings_from, None
+    gate = None if profile is None else profile.gate
+    return mixture, settings_from if gate is None else f"{settings_from} with an adaptive weight", gate
 
 
 def _searchable(datastore: Datastore, device: str, given: GivenMixture, dtype: str) -> SearchableStore:
-    mixture, mixture_source = _mixture(datastore, given)
+    mixture, mixture_source, gate = _mixture(datastore, given)
     datastore, index = _with_index(datastore, device)
     if datastore.profile is not None and None in vars(given).values():
         require_profile_fits(datastore, datastore.profile, dtype, index)
     retriever = Retriever(index, datastore.keys, datastore.values, search_settings(datastore, index), datastore.allowed)
-    return SearchableStore(datastore, retriever, mixture, mixture_source)
+    return SearchableStore(datastore, retriever, mixture, mixture_source, gate)
 
 
-def _knn_lm(model: HFLanguageModel, first: SearchableStore, source: NeighborSource) -> KNNLanguageModel:
+def _knn_lm(model: HFLanguageModel, first: SearchableStore, source: NeighborSource, gate: StoreGate | None) -> KNNLanguageModel:
     text = first.store.manifest.text
-    return KNNLanguageModel(model, model.tokenizer(text.bos, text.eos), source, first.mixture)  # type: ignore[arg-type]
+    return KNNLanguageModel(model, model.tokenizer(text.bos, text.eos), source, first.mixture, gate)  # type: ignore[arg-type]
 
 
 def profile_facts(store: Datastore, dtype: str, index: NeighborIndex) -> dict[str, str]:

@@ -1,75 +1,48 @@
-"""``compare``: base LM and kNN-LM over the same tokens, with standard errors, bits per byte and what it cost."""
+"""``compare``: base LM and kNN-LM over the same tokens, with what is known of the difference, of leakage and of the cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import CorpusError
-from knnlm.evaluation.overlap import ngram_overlap
-from knnlm.evaluation.scoring import score
+from knnlm.evaluation.breakdowns import (
+    Part,
+    Scores,
+    breakdown,
+    distance_parts,
+    frequency_parts,
+    groups,
+    occurrence_parts,
+    token_counts,
+)
+from knnlm.evaluation.comparison import (
+    Breakdown,
+    Comparison,
+    Cost,
+    Difference,
+    FloatArray,
+    Histogram,
+    Leakage,
+    Perplexity,
+    PerToken,
+    Reliability,
+)
+from knnlm.evaluation.exclusion import Exclusion
+from knnlm.evaluation.leakage import Audit, audit
+from knnlm.evaluation.reliability import reliability
+from knnlm.evaluation.statistics import Clusters, intervals_of_means, perplexity, relative, standard_error
+from knnlm.evaluation.token_scores import Seconds, TokenScores, score_tokens
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
 from knnlm.tokenized import TokenizedDocument
 
-FEWEST_DOCUMENT_CLUSTERS = 20
-TOKENS_PER_CLUSTER = 256
+__all__ = ["Comparison", "compare"]
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """``value`` = exp(mean negative log-likelihood) with its ``standard_error`` (delta method over clusters of tokens);
-    ``bits_per_byte`` over the bytes of scored text (None for token input); ``tokens_per_second`` scored, wall time."""
-
-    value: float
-    standard_error: float
-    bits_per_byte: float | None
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class PerToken:
-    """One row for each scored token, in document order: ``doc`` int32, ``position`` int64 within the document,
-    ``token_id`` int32, ``lm_logprob``, ``knn_logprob`` (-inf: not among the neighbours) and ``logprob`` of the mixture,
-    float32, natural logarithm."""
-
-    doc: np.ndarray[Any, np.dtype[np.int32]]
-    position: np.ndarray[Any, np.dtype[np.int64]]
-    token_id: np.ndarray[Any, np.dtype[np.int32]]
-    lm_logprob: FloatArray
-    knn_logprob: FloatArray
-    logprob: FloatArray
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What :func:`compare` found.
-
-    ``change``: relative change of perplexity, below 0 where the kNN-LM is better, and ``change_standard_error`` of the
-    paired difference; ``better``, ``worse``: shares of tokens that became more, or less, probable; ``overlap``: share of
-    13-token sequences of the text that stand in the datastore; ``clusters``: what the standard errors count as
-    independent (``documents``, or ``blocks of 256 tokens`` where there are fewer than 20 documents).
-    """
-
-    documents: int
-    tokens: int
-    mixture: Mixture
-    base: Perplexity
-    knn: Perplexity
-    change: float
-    change_standard_error: float
-    better: float
-    worse: float
-    overlap: float
-    clusters: str
-    per_token: PerToken
+HISTOGRAM_EDGES = np.linspace(-4, 8, 121)
 
 
 def compare(
@@ -78,95 +51,117 @@ def compare(
     documents: Iterable[TokenizedDocument],
     *,
     mixture: Mixture | None = None,
+    exclude: Sequence[str] = (),
+    auto_exclude: bool = True,
     batch_tokens: int = 2048,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Score ``documents`` with the base LM and the mixture, windows as the store was built with.
 
-    ``progress`` is called with the number of tokens scored so far. Raises :class:`CorpusError` if no token can be
-    scored.
+    ``mixture``: None takes that of ``knn_lm``, with its gate where it has one. No search finds the documents of the datastore
+    whose ids ``exclude`` names, nor, unless ``auto_exclude`` is False, those with the very tokens of one of ``documents``.
+    ``progress`` is called with the number of tokens scored so far. Raises :class:`CorpusError` if no token can be scored,
+    :class:`DocumentNotFound` for an id that the datastore does not have.
     """
-    mixture = (mixture or knn_lm.mixture).validate()
-    held = list(documents)
-    tokens = sum(max(len(document.ids) - 1, 0) for document in held)
-    if not tokens:
+    applied = (mixture or knn_lm.mixture).validate()
+    text = list(documents)
+    if not any(len(document.ids) > 1 for document in text):
         raise CorpusError("There is nothing to compare: no document has at least two tokens.")
-    lm, knn, mixed = (np.empty(tokens, np.float32) for _ in range(3))
-    lm_seconds = knn_seconds = 0.0
-    done = 0
-    for batch in score(knn_lm, (document.ids for document in held), store.manifest.windowing, mixture, batch_tokens=batch_tokens):
-        rows = batch.rows.numpy()
-        lm[rows], knn[rows], mixed[rows] = batch.lm_log_probs.numpy(), batch.knn_log_probs.numpy(), batch.log_probs.numpy()
-        lm_seconds, knn_seconds, done = lm_seconds + batch.lm_seconds, knn_seconds + batch.knn_seconds, done + len(rows)
-        progress(done)
-    per_token = _per_token(held, lm, knn, mixed)
-    clusters, names = _clusters(per_token)
-    byte_counts = [document.scored_bytes() for document in held]
-    scored_bytes = None if None in byte_counts else sum(count or 0 for count in byte_counts)
-    base = _perplexity(lm, clusters, scored_bytes, tokens / lm_seconds)
-    with_knn = _perplexity(mixed, clusters, scored_bytes, tokens / (lm_seconds + knn_seconds))
-    change = with_knn.value / base.value
-    return Comparison(
-        documents=len(held),
-        tokens=tokens,
-        mixture=mixture,
-        base=base,
-        knn=with_knn,
-        change=change - 1,
-        change_standard_error=change * _standard_error(lm - mixed, clusters),
-        better=float((mixed > lm).mean()),
-        worse=float((mixed < lm).mean()),
-        overlap=ngram_overlap((document.ids for document in held), store.tokens, store.live_token_ranges()),
-        clusters=names,
-        per_token=per_token,
+    exclusion = Exclusion.choose(store, text, exclude, automatic=auto_exclude)
+    searching = exclusion.apply(knn_lm, store)
+    scored = score_tokens(searching, text, store.manifest.windowing, mixture, batch_tokens=batch_tokens, progress=progress)
+    found = audit(store, text, exclusion)
+    per_token = _per_token(scored, store, exclusion, found, knn_lm.model.vocabulary_size)
+    return _Analysis(store, text, per_token, scored.seconds).comparison(
+        applied, gated=mixture is None and knn_lm.gate is not None, exclusion=exclusion, found=found
     )
 
 
-def _per_token(documents: list[TokenizedDocument], lm: FloatArray, knn: FloatArray, mixed: FloatArray) -> PerToken:
-    lengths = [len(document.ids) for document in documents]
-    return PerToken(
-        doc=np.repeat(np.arange(len(documents), dtype=np.int32), [max(n - 1, 0) for n in lengths]),
-        position=np.concatenate([np.arange(1, n, dtype=np.int64) for n in lengths]),
-        token_id=np.concatenate([document.ids[1:] for document in documents]),
-        lm_logprob=lm,
-        knn_logprob=knn,
-        logprob=mixed,
-    )
+def _per_token(scored: TokenScores, store: Datastore, exclusion: Exclusion, found: Audit, vocabulary_size: int) -> PerToken:
+    counts = token_counts(store.tokens, exclusion.token_ranges(store), vocabulary_size)
+    frequency = counts[scored.columns["token_id"]]
+    return PerToken(**scored.columns, frequency=frequency, contaminated=found.contaminated)
 
 
-def _clusters(per_token: PerToken) -> tuple[np.ndarray[Any, Any], str]:
-    """Tokens of one text are not independent; their losses are added up by document, or by block where documents are few."""
-    if len(np.unique(per_token.doc)) >= FEWEST_DOCUMENT_CLUSTERS:
-        return np.unique(per_token.doc, return_inverse=True)[1], "documents"
-    blocks = np.stack([per_token.doc.astype(np.int64), per_token.position // TOKENS_PER_CLUSTER], axis=1)
-    return np.unique(blocks, axis=0, return_inverse=True)[1].reshape(-1), f"blocks of {TOKENS_PER_CLUSTER} tokens"
+class _Analysis:
+    """Everything that is said of one pass, from its arrays alone."""
 
+    def __init__(self, store: Datastore, text: Sequence[TokenizedDocument], per_token: PerToken, seconds: Seconds) -> None:
+        self._store, self._text, self._per_token, self._seconds = store, text, per_token, seconds
+        self._scores = Scores(per_token.lm_logprob, per_token.logprob, per_token.weight)
+        self._clusters = Clusters.among(per_token.doc, per_token.position)
+        self._tokens = len(per_token.doc)
 
-def _perplexity(log_probs: FloatArray, clusters: np.ndarray[Any, Any], scored_bytes: int | None, rate: float) -> Perplexity:
-    loss = -float(log_probs.mean(dtype=np.float64))
-    value = _exp(loss)
-    bits = loss * len(log_probs) / math.log(2)
-    return Perplexity(value, value * _standard_error(log_probs, clusters), bits / scored_bytes if scored_bytes else None, rate)
+    def comparison(self, mixture: Mixture, *, gated: bool, exclusion: Exclusion, found: Audit) -> Comparison:
+        """All of it."""
+        per_token, difference = self._per_token, self._difference()
+        base = self._perplexity(per_token.lm_logprob, self._seconds.forward)
+        knn = self._perplexity(per_token.logprob, self._seconds.total)
+        gain, ratio = self._scores.gain, knn.value / base.value
+        return Comparison(
+            documents=len(self._text),
+            tokens=self._tokens,
+            mixture=mixture,
+            gated=gated,
+            base=base,
+            knn=knn,
+            change=ratio - 1,
+            change_standard_error=ratio * difference.standard_error,
+            interval=relative(difference.interval),
+            better=float((gain > 0).mean()),
+            worse=float((gain < 0).mean()),
+            mean_weight=float(per_token.weight.mean(dtype=np.float64)),
+            skipped=float((~per_token.searched).mean()),
+            clusters=self._clusters.name,
+            cluster_count=self._clusters.count,
+            difference=difference,
+            breakdowns=self._breakdowns(),
+            base_reliability=self._reliability("lm_best"),
+            knn_reliability=self._reliability("best"),
+            cost=self._cost(),
+            leakage=self._leakage(exclusion, found),
+            baselines={},
+            per_token=per_token,
+        )
 
+    def _perplexity(self, log_probs: FloatArray, seconds: float) -> Perplexity:
+        value = perplexity(log_probs)
+        counts = [document.scored_bytes() for document in self._text]
+        scored_bytes = None if None in counts else sum(count or 0 for count in counts)
+        bits = -float(log_probs.sum(dtype=np.float64)) / math.log(2)
+        error = value * standard_error(log_probs, self._clusters)
+        return Perplexity(value, error, bits / scored_bytes if scored_bytes else None, self._tokens / seconds)
 
-def _exp(loss: float) -> float:
-    """exp, infinite where a token was given no probability at all (weight 1)."""
-    return math.exp(loss) if loss < 700 else math.inf
+    def _difference(self) -> Difference:
+        gain = self._scores.gain
+        counts = np.histogram(np.clip(gain, HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1]), HISTOGRAM_EDGES)[0]
+        return Difference(
+            float(gain.mean(dtype=np.float64)),
+            standard_error(gain, self._clusters),
+            intervals_of_means(gain, self._clusters)[0],
+            Histogram(HISTOGRAM_EDGES, counts),
+        )
 
+    def _breakdowns(self) -> tuple[Breakdown, ...]:
+        kinds = {
+            "frequency": ("occurrences of the token in the datastore", frequency_parts(self._per_token.frequency)),
+            "occurrence": ("where the token stood before", occurrence_parts([document.ids for document in self._text])),
+            "distance": ("squared distance of the nearest neighbour, by decile", distance_parts(self._per_token.nearest)),
+        }
+        return tuple(breakdown(by, title, self._scores, self._clusters, parts) for by, (title, parts) in kinds.items())
 
-def _standard_error(values: FloatArray, clusters: np.ndarray[Any, Any]) -> float:
-    """Standard error of the mean of ``values`` over clusters of unequal size (linearised ratio estimator)."""
-    if not np.isfinite(values).all():
-        return math.nan
-    sizes = np.bincount(clusters)
-    sums = np.bincount(clusters, weights=values)
-    if len(sizes) < 2:
-        return math.nan
-    residuals = sums - values.mean(dtype=np.float64) * sizes
-    return float(np.sqrt(len(sizes) / (len(sizes) - 1) * (residuals**2).sum()) / len(values))
+    def _reliability(self, best: str) -> Reliability:
+        right = getattr(self._per_token, best) == self._per_token.token_id
+        return reliability(getattr(self._per_token, f"{best}_logprob"), right)
 
+    def _cost(self) -> Cost:
+        seconds, size = self._seconds, self._store.size_bytes()
+        forward, search, mixing = (part / seconds.total for part in (seconds.forward, seconds.search, seconds.mixing))
+        return Cost(forward, search, mixing, seconds.total, size, size / len(self._store))
 
-def per_token_arrays(per_token: PerToken) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Names and arrays as ``--per-token`` writes them."""
-    for name in ("doc", "position", "token_id", "lm_logprob", "knn_logprob", "logprob"):
-        yield name, getattr(per_token, name)
+    def _leakage(self, exclusion: Exclusion, found: Audit) -> Leakage:
+        parts = [Part("contaminated", found.contaminated), Part("clean", ~found.contaminated)]
+        apart = {group.name: group for group in groups(self._scores, self._clusters, parts)}
+        return Leakage(
+            found.overlaps, apart.get("contaminated"), apart.get("clean"), found.documents, found.overlapping, exclusion.documents
+        )

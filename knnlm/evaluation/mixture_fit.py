@@ -139,7 +139,7 @@ def mixed_log_probs(lm: Array, knn: Array, weight: float | Array) -> Array:
     """log(λ p_kNN + (1-λ) p_LM) [n], ``weight`` one number or [n]; NaN in ``knn``: the LM alone."""
     weights = np.broadcast_to(np.asarray(weight, np.float64), lm.shape)
     with np.errstate(divide="ignore"):
-        mixed = np.logaddexp(np.log(weights) + np.nan_to_num(knn, nan=-np.inf), np.log1p(-weights) + lm)
+        mixed = np.logaddexp(np.log(weights) + np.nan_to_num(knn, nan=-np.inf, neginf=-np.inf), np.log1p(-weights) + lm)
     return np.where(np.isnan(knn) | (weights == 0), lm, mixed)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from knnlm.errors import InvalidInput
-from knnlm.evaluation.compare import _clusters, _exp, _per_token, _standard_error
 from knnlm.evaluation.mixture_fit import best_weight, mixed_log_probs, powers_of_two
 from knnlm.evaluation.several_searches import Found, Reading, Reference, Search, search_several
+from knnlm.evaluation.statistics import Clusters, perplexity, standard_error
 from knnlm.evaluation.subsets import Subset, nested_subsets
 from knnlm.index import ExactIndex
 from knnlm.mixture import MOST_NEIGHBORS, Mixture
@@ -150,7 +150,7 @@ def measure_scaling(
         opened, documents, [*sizes, *varied], mixture.temperature, reference=reference if varied else None,
         batch_tokens=batch_tokens, progress=lambda done: progress("measuring", done),
     )  # fmt: skip
-    judge = _Judge(reading.lm.astype(np.float64), *_clusters(_per_token(list(documents), reading.lm, reading.lm, reading.lm)))
+    judge = _Judge(reading.lm.astype(np.float64), Clusters.among(*_places(documents)))
     weights = None if fitted is None else _fitted_weights(fitted)
     own = opened.retriever.settings.for_k(mixture.k)
     return Scaling(
@@ -167,29 +167,34 @@ def measure_scaling(
         ],
         reference=name,
         reference_tokens=len(reference.rows) if varied else 0,
-        clusters=judge.cluster_names,
+        clusters=judge.clusters.name,
         seed=options.seed,
     )
 
 
+def _places(documents: Sequence[TokenizedDocument]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Document and position of each scored token."""
+    counts = [max(len(document.ids) - 1, 0) for document in documents]
+    return np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(1, count + 1) for count in counts])
+
+
 @dataclass(frozen=True)
 class _Judge:
-    """Perplexities of n tokens: ``lm`` [n] of the base LM, ``clusters`` [n] what counts as independent."""
+    """Perplexities of n tokens: ``lm`` [n] of the base LM, ``clusters`` what counts as independent."""
 
     lm: Array
-    clusters: np.ndarray[Any, Any]
-    cluster_names: str
+    clusters: Clusters
 
     def measured(self, log_probs: Array, weight: float) -> Measured:
         """Of the mixture's ``log_probs`` [n]."""
-        perplexity, base = _exp(-float(log_probs.mean())), _exp(-float(self.lm.mean()))
-        ratio = perplexity / base
+        value = perplexity(log_probs)
+        ratio = value / perplexity(self.lm)
         return Measured(
             weight,
-            perplexity,
-            perplexity * _standard_error(log_probs, self.clusters),
+            value,
+            value * standard_error(log_probs, self.clusters),
             ratio - 1,
-            ratio * _standard_error(self.lm - log_probs, self.clusters),
+            ratio * standard_error(log_probs - self.lm, self.clusters),
         )
 
     def mixed(self, knn: np.ndarray[Any, Any], weight: float) -> Measured:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm.distribution import knn_token_log_probs
-from knnlm.following import FOLLOWED_TOKENS
-from knnlm.interpolation import effective_weight, interpolate
-from knnlm.knn_lm import KNNLanguageModel
+from knnlm.following import contexts_of
+from knnlm.knn_lm import KNNLanguageModel, mix_targets
 from knnlm.mixture import Mixture
 from knnlm.model import LanguageModel
 from knnlm.neighbors import Neighbors
@@ -42,36 +41,49 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """One batch of windows. ``rows`` [n]: the place of each scored token among all; the rest [n] float32, natural logs.
+    """One batch of windows. ``rows`` [n]: the place of each scored token among all; log-probabilities [n] float32, natural.
 
-    ``lm_seconds``, ``knn_seconds``: wall time of the LM alone, and of search, re-ranking and mixing.
+    ``weight`` [n] float64: the λ that was used; ``searched`` [n] bool: whether neighbours were searched at all. ``read``: what
+    the LM read. ``lm_seconds``, ``search_seconds``, ``mix_seconds``: wall time of the LM, of search and re-ranking, and of mixing.
     """
 
     rows: Tensor
     lm_log_probs: Tensor
     knn_log_probs: Tensor
     log_probs: Tensor
+    weight: Tensor
+    searched: Tensor
     neighbors: Neighbors
+    read: ReadBatch
     lm_seconds: float
-    knn_seconds: float
+    search_seconds: float
+    mix_seconds: float
 
 
 def score(
-    knn_lm: KNNLanguageModel, documents: Iterable[IntArray], windowing: Windowing, mixture: Mixture, *, batch_tokens: int = 2048
+    knn_lm: KNNLanguageModel,
+    documents: Iterable[IntArray],
+    windowing: Windowing,
+    mixture: Mixture | None = None,
+    *,
+    batch_tokens: int = 2048,
 ) -> Iterator[ScoredBatch]:
     """Score every token but the first of each document (1-D arrays of token ids), batch by batch.
 
-    Rows are numbered in document order: document 0's token 1 is row 0. Batches hold windows of one length.
+    ``mixture``: None takes that of ``knn_lm``, with its gate where it has one. Rows are numbered in document order:
+    document 0's token 1 is row 0. Batches hold windows of one length.
     """
     started = time.perf_counter()
     for batch in read(knn_lm.model, documents, windowing, batch_tokens=batch_tokens):
-        after_lm = time.perf_counter()
-        lm = batch.log_probs.gather(1, batch.targets[:, None])[:, 0]
-        neighbors = knn_lm.retriever.retrieve(batch.queries, mixture.k if mixture.weight > 0 else 0)
-        knn = knn_token_log_probs(neighbors, mixture.temperature, batch.targets)
-        weight = effective_weight(torch.full((len(lm),), mixture.weight, dtype=torch.float64), neighbors.found)
-        mixed = interpolate(lm, knn, weight)
-        yield ScoredBatch(batch.rows, lm, knn, mixed, neighbors, after_lm - started, time.perf_counter() - after_lm)
+        times = [started, time.perf_counter()]
+        settings, weights = knn_lm.settings(batch.log_probs, mixture, batch.contexts)
+        looked = time.perf_counter() - times[1]
+        neighbors = knn_lm.retriever.retrieve(batch.queries, torch.where(weights.searched, settings.k, 0))
+        times.append(time.perf_counter())
+        scored = mix_targets(batch.log_probs, batch.targets, neighbors, temperature=settings.temperature, weights=weights)
+        times.append(time.perf_counter())
+        lm, search, mix = (after - before for before, after in pairwise(times))
+        yield ScoredBatch(batch.rows, *scored, weights.searched, neighbors, batch, lm, search - looked, mix + looked)
         started = time.perf_counter()
 
 
@@ -129,10 +141,5 @@ def _read_batch(model: LanguageModel, stream: _Stream, batch: list[PlacedWindow]
         tokens[:, 1 + length - widest :][is_target],
         out.logits.float().log_softmax(-1).cpu()[is_target],
         out.keys[:, columns.to(model.device)].float().cpu()[is_target],
-        _contexts(tokens[:, :-1])[:, columns][is_target],
+        contexts_of(tokens[:, :-1])[:, columns][is_target],
     )
-
-
-def _contexts(tokens: Tensor) -> Tensor:
-    """The last tokens that were read at each column of ``tokens`` [windows, length], itself included: [windows, length, 16]."""
-    return torch.nn.functional.pad(tokens, (FOLLOWED_TOKENS - 1, 0), value=-1).unfold(1, FOLLOWED_TOKENS, 1)

@@ -186,7 +186,7 @@ def score_message(request: ScoreRequest, result: ScoreResult) -> pb.ScoreRespons
         token_ids=request.tokens,
         log_probs=result.log_probs,
         lm_log_probs=result.lm_log_probs,
-        knn_log_probs=result.knn_log_probs if request.retrieval.weight > 0 else (),
+        knn_log_probs=result.knn_log_probs if request.retrieval.searches else (),
     )
 
 
@@ -204,6 +204,7 @@ def _datastore_message(info: DatastoreInfo) -> pb.DatastoreInfo:
     return pb.DatastoreInfo(
         **facts,
         default_retrieval=pb.DefaultRetrieval(interpolation_weight=retrieval.weight, k=retrieval.k, knn_temperature=retrieval.temperature),
+        adaptive_weight=retrieval.adaptive,
     )
 
 
@@ -222,8 +223,8 @@ def read_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
 
 def _read_datastore(message: pb.DatastoreInfo) -> DatastoreInfo:
     retrieval = message.default_retrieval
-    facts = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature)
+    facts = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields if field.name != "adaptive_weight"}
+    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature, adaptive=message.adaptive_weight)
     return DatastoreInfo(**facts | {"default_retrieval": default})
 
 

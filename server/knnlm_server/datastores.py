@@ -79,14 +79,14 @@ class Datastores:
 
         Raises :class:`DatastoreNotLoaded`, and :class:`StoreMismatch` for several that can't be mixed.
         """
-        if retrieval.weight == 0:
+        if not retrieval.searches:
             return ChosenStores()
         if not retrieval.datastores:
-            return ChosenStores(((self._default(), 1.0),))
+            return ChosenStores.of(((self._default(), 1.0),), retrieval)
         chosen = tuple((self._named(choice.name), choice.weight) for choice in retrieval.datastores)
         if len(chosen) > 1:
             require_mixable({served.name: served.store.manifest for served, _ in chosen})
-        return ChosenStores(chosen)
+        return ChosenStores.of(chosen, retrieval)
 
     def windowing(self, retrieval: RetrievalParams) -> Windowing:
         """The windows of the datastore that is named first, of the default one, or those of a build with this model."""

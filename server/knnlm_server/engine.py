@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from knnlm.datastore_mix import retrieve_union
+from knnlm.gated import RowWeights
 from knnlm.knn_lm import KNNLanguageModel, Mixed, mix_neighbors
+from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
 from knnlm.thread_pools import size_thread_pools
 from knnlm.tokenization import TextTokenizer
@@ -42,7 +44,7 @@ from knnlm_server.sequence import (
     ScoreResult,
     TokenEvent,
 )
-from knnlm_server.served_stores import shares_of
+from knnlm_server.served_stores import gated_rows, shares_of
 from knnlm_server.step_meter import StepMeter
 from knnlm_server.telemetry import EngineObserver, Unobserved
 from knnlm_server.token_events import TokenReporter
@@ -166,8 +168,10 @@ class DecodingEngine:
 
     def add_score(self, request: ScoreRequest) -> None:
         """Queue a text to be scored; its windows take turns with decoding steps. Raises as :meth:`add`."""
-        stores = self._datastores.choose(request.retrieval)
-        knn_lm = KNNLanguageModel(self._model, self._tokenizer, stores.mix)
+        retrieval = request.retrieval
+        stores = self._datastores.choose(retrieval)
+        mixture = Mixture(retrieval.k, retrieval.temperature, retrieval.weight)
+        knn_lm = KNNLanguageModel(self._model, self._tokenizer, stores.mix, mixture, stores.gate)
         self._scorings.add(request, knn_lm, self._datastores.windowing(request.retrieval), stores)
 
     def look(self) -> None:
@@ -314,14 +318,17 @@ class DecodingEngine:
         """The base LM's log-probabilities and the mixture of each row: one search for each datastore that is used."""
         wanted = [sequence.request.retrieval for sequence in ready.sequences]
         temperature = torch.tensor([r.temperature for r in wanted], dtype=torch.float64)
-        weight = torch.tensor([r.weight for r in wanted], dtype=torch.float64)
-        shares = shares_of([sequence.stores for sequence in ready.sequences])
-        # A step without a search has no time of one.
-        with self._meter.measure("retrieval") if shares else nullcontext():
-            neighbors = retrieve_union(ready.keys, torch.tensor([r.k for r in wanted]), shares)
+        stores = [sequence.stores for sequence in ready.sequences]
         with self._meter.measure("mix"):
             lm = ready.logits.log_softmax(-1)
-            return lm, mix_neighbors(lm, neighbors, temperature=temperature, weight=weight)
+            asked = torch.tensor([r.weight for r in wanted], dtype=torch.float64)
+            weights = RowWeights(asked, lm, gated_rows(stores, [sequence.tokens for sequence in ready.sequences]))
+        # A step without a search has no time of one.
+        with self._meter.measure("retrieval") if bool(weights.searched.any()) else nullcontext():
+            k = torch.where(weights.searched, torch.tensor([r.k for r in wanted]), 0)
+            neighbors = retrieve_union(ready.keys, k, shares_of(stores))
+        with self._meter.measure("mix"):
+            return lm, mix_neighbors(lm, neighbors, temperature=temperature, weights=weights)
 
     def _next_tokens(self, ready: _Ready[Completion | Lookup], mix: Callable[[], tuple[Tensor, Mixed]]) -> list[Output]:
         """A token for each completion that is ready, and its neighbours for each lookup; ``mix`` gives their distributions."""
@@ -339,7 +346,7 @@ class DecodingEngine:
                 outputs += self._answer(sequence.request, row, mixed)
         drawn, lm, mixed = _completions(ready, lm, mixed)
         self._meter.count("decoded_rows", len(drawn.sequences))
-        self._meter.count("searched_rows", sum(completion.request.retrieval.weight > 0 for completion in drawn.sequences))
+        self._meter.count("searched_rows", int(mixed.searched.sum()))
         with self._meter.measure("sample"):
             return outputs + self._hand_out(drawn, lm, mixed)
 
@@ -382,9 +389,9 @@ class DecodingEngine:
         if completion.request.mean_log_prob:
             completion.log_prob_sum += float(mixed.log_probs[row, token])
         if completion.evidence is not None:
-            retrieval = completion.request.retrieval
-            found = mixed.neighbors.row(row) if retrieval.weight > 0 else None
-            completion.evidence.add(token, _said(drawn.alone), found, retrieval.temperature, mixed.knn_share(row, token))
+            found = mixed.neighbors.row(row) if mixed.searched[row] else None
+            temperature = completion.request.retrieval.temperature
+            completion.evidence.add(token, _said(drawn.alone), found, temperature, mixed.knn_share(row, token))
         event = Output(completion.request_id, self._event(row, completion, token, text, lm, mixed))
         return [event] if reason is None else [event, *self._end(completion, reason)]
 
@@ -393,7 +400,7 @@ class DecodingEngine:
         rows = [completion.next_draw(self._eos_ids) for completion in ready.sequences]
         drawn = draw_rows(mixed.log_probs, lm, rows)
         # What would have been without retrieval is a question of those alone that asked and searched.
-        asked = [row for row, c in enumerate(ready.sequences) if c.evidence is not None and c.request.retrieval.weight > 0]
+        asked = [row for row, c in enumerate(ready.sequences) if c.evidence is not None and mixed.searched[row]]
         alone = dict(zip(asked, draw_rows(lm[asked], lm[asked], [rows[row] for row in asked]) if asked else (), strict=True))
         return [_Drawn(token, alone.get(row, token)) for row, token in enumerate(drawn)]
 

@@ -52,7 +52,7 @@ class Metrics:
         self._parts = {name: part.labels(name) for name in _PARTS}
         outcome = Counter(
             "knnlm_retrieval_steps",
-            "Tokens that were made with a search (retrieved) or without one, at weight 0 (skipped).",
+            "Tokens that were made with a search (retrieved) or without one, at weight 0 or because of a gate (skipped).",
             ["outcome"],
             registry=self.registry,
         )

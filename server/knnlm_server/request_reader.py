@@ -62,7 +62,7 @@ class RequestReader:
         refuse_unknown(message)
         given, most = _given(message), self.info.limits.max_neighbors
         wanted = pb.RetrievalOptions(**{name: given[name] for name in ("k", "knn_temperature", "datastores") if name in given})
-        retrieval = replace(self._retrieval(wanted, ""), weight=1.0)
+        retrieval = replace(self._retrieval(wanted, ""), weight=1.0, adaptive=False)
         neighbors = given.get("neighbors", min(retrieval.k * max(1, len(retrieval.datastores)), most))
         _require(1 <= neighbors <= most, "neighbors", f"is {neighbors}, but must be from 1 to {most}.")
         tokens, field = self._tokens(message.context, "context")
@@ -244,6 +244,7 @@ class RequestReader:
         retrieval = replace(
             chosen[0].default_retrieval,
             datastores=tuple(_choice(choice) for choice in message.datastores),
+            adaptive=chosen[0].default_retrieval.adaptive and not given and len(chosen) == 1,
             **{names[name]: value for name, value in given.items()},
         )
         _require(0 <= retrieval.weight <= 1, _at(path, "interpolation_weight"), f"is {retrieval.weight}, but must be from 0 to 1.")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from knnlm.evaluation.scoring import ScoredBatch, score
 from knnlm.knn_lm import KNNLanguageModel
-from knnlm.mixture import Mixture
 from knnlm.windows import Windowing
 from knnlm_server.errors import EngineFailed, QueueFull
 from knnlm_server.sequence import Limits, ScoreRequest, ScoreResult
@@ -48,7 +47,8 @@ class Scorings:
         return [scoring.request.request_id for scoring in self._waiting]
 
     def add(self, request: ScoreRequest, knn_lm: KNNLanguageModel, windowing: Windowing, stores: ChosenStores) -> None:
-        """Queue a text; its windows are those in which ``windowing`` cuts a document, and ``stores`` its datastores.
+        """Queue a text; its windows are those in which ``windowing`` cuts a document, and ``stores`` its datastores. ``knn_lm``
+        mixes as the request asks.
 
         Raises :class:`QueueFull` with the numbers where the texts beside it are too long already.
         """
@@ -56,10 +56,8 @@ class Scorings:
         most = self._limits.max_waiting_tokens
         if self._waiting and total > most:
             raise QueueFull(f"{total} tokens would be waiting to be scored, the limit is {most}; try again later.")
-        retrieval = request.retrieval
-        mixture = Mixture(retrieval.k, retrieval.temperature, retrieval.weight)
         tokens = torch.tensor(request.tokens, dtype=torch.int32).numpy()
-        batches = score(knn_lm, [tokens], windowing, mixture, batch_tokens=SCORE_BATCH_TOKENS)
+        batches = score(knn_lm, [tokens], windowing, batch_tokens=SCORE_BATCH_TOKENS)
         count = max(len(tokens) - 1, 0)
         self._waiting.append(_Scoring(request, batches, {name: torch.empty(count) for name in _SCORED}, stores))
 

@@ -56,13 +56,20 @@ class RetrievalParams:
     """The mixture of one request, defaults already filled in: p = weight·p_kNN + (1-weight)·p_LM.
 
     ``weight`` 0 to 1 (0: no search); ``k`` neighbours from each datastore; ``temperature`` of the softmax over negative
-    squared distances; ``datastores`` that are searched (empty: the default one).
+    squared distances; ``datastores`` that are searched (empty: the default one). ``adaptive``: the request left weight, k and
+    temperature to its one datastore, whose gate says the weight of each token.
     """
 
     weight: float
     k: int
     temperature: float
     datastores: tuple[DatastoreChoice, ...] = ()
+    adaptive: bool = False
+
+    @property
+    def searches(self) -> bool:
+        """Whether any token may be searched for."""
+        return self.weight > 0 or self.adaptive
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class RetrieveRequest:
 class Alternative:
     """One of the most probable tokens at a step; natural logarithms, before penalties and temperature.
 
-    ``lm_log_prob`` and ``knn_log_prob`` are None where not asked for; the latter also at weight 0.
+    ``lm_log_prob`` and ``knn_log_prob`` are None where not asked for; the latter also where no neighbours were searched.
     """
 
     token_id: int
@@ -165,7 +172,8 @@ class TokenEvent:
 
     ``token_text`` is the token alone, for display. Log-probabilities are natural, before penalties and temperature:
     of the mixture, of the LM, and of the neighbours (None where not asked for; ``knn_log_prob`` is -inf where no
-    neighbour has the token, None at weight 0). ``knn_share`` is the part of the token's probability that came from the neighbours, 0 to 1.
+    neighbour has the token, None where none were searched). ``knn_share`` is the part of the token's probability that came
+    from the neighbours, 0 to 1.
     ``interpolation_weight`` is the λ that was used. ``sample``: which of the request's completions it belongs to.
     """
 
@@ -239,7 +247,8 @@ class FinishEvent:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Natural log-probabilities of tokens 1..n-1: of the mixture, the LM, and the neighbours (-inf: not among them)."""
+    """Natural log-probabilities of tokens 1..n-1: of the mixture, the LM, and the neighbours (-inf: not among them, or none
+    were searched)."""
 
     log_probs: tuple[float, ...]
     lm_log_probs: tuple[float, ...]

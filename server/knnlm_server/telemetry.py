@@ -11,7 +11,8 @@ class StepReport:
     """One step of an engine. Seconds by the clock; rows and tokens of this step; what runs and waits after it.
 
     ``retrieval_seconds``: search and re-ranking. ``prompt_tokens``: of prompts, computed in this step. ``decoded_rows``
-    got a token; of these, ``searched_rows`` had their neighbours searched and ``skipped_rows`` had not (weight 0).
+    got a token; of these, ``searched_rows`` had their neighbours searched and ``skipped_rows`` had not (weight 0, or the
+    gate of their datastore said that it is not worth it).
     ``cache_tokens``: tokens that the rows of the cache hold.
     """
 

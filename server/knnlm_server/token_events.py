@@ -28,9 +28,9 @@ class TokenReporter:
         """
         found: dict[str, Any] = {"token_id": token, "token_text": self._tokenizer.token_text(token)}
         if detail.log_probs:
-            found |= self._log_probs(row, token, retrieval, lm, mixed)
+            found |= self._log_probs(row, token, lm, mixed)
         if detail.alternatives:
-            found["alternatives"] = self._alternatives(row, detail, retrieval, lm, mixed)
+            found["alternatives"] = self._alternatives(row, detail, lm, mixed)
         if detail.neighbors:
             found["neighbors"] = self.neighbors(mixed.neighbors.row(row), retrieval.temperature, detail.neighbors)
         return found
@@ -44,24 +44,22 @@ class TokenReporter:
         places = zip(heaviest.stores[0].tolist(), heaviest.ids[0].tolist(), heaviest.distances[0].tolist(), shares, strict=False)
         return tuple(self._evidence(self._numbered(store), entry, distance, share) for store, entry, distance, share in places)
 
-    def _log_probs(self, row: int, token: int, retrieval: RetrievalParams, lm: Tensor, mixed: Mixed) -> dict[str, float | None]:
+    def _log_probs(self, row: int, token: int, lm: Tensor, mixed: Mixed) -> dict[str, float | None]:
         return {
             "log_prob": float(mixed.log_probs[row, token]),
             "lm_log_prob": float(lm[row, token]),
-            "knn_log_prob": mixed.knn_log_prob(row, token) if retrieval.weight > 0 else None,
+            "knn_log_prob": mixed.knn_log_prob(row, token) if mixed.searched[row] else None,
             "knn_share": mixed.knn_share(row, token),
             "interpolation_weight": float(mixed.weight[row]),
         }
 
-    def _alternatives(
-        self, row: int, detail: DetailParams, retrieval: RetrievalParams, lm: Tensor, mixed: Mixed
-    ) -> tuple[Alternative, ...]:
+    def _alternatives(self, row: int, detail: DetailParams, lm: Tensor, mixed: Mixed) -> tuple[Alternative, ...]:
         values, ids = mixed.log_probs[row].topk(min(detail.alternatives, mixed.log_probs.shape[1]))
         return tuple(
             Alternative(
                 token, self._tokenizer.token_text(token), value,
                 float(lm[row, token]) if detail.log_probs else None,
-                mixed.knn_log_prob(row, token) if detail.log_probs and retrieval.weight > 0 else None,
+                mixed.knn_log_prob(row, token) if detail.log_probs and mixed.searched[row] else None,
             )
             for token, value in zip(ids.tolist(), values.tolist(), strict=True)
         )  # fmt: skip

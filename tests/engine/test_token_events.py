@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from knnlm.datastore.reader import Datastore
 from knnlm.distribution import log_weights
+from knnlm.gated import RowWeights
 from knnlm.knn_lm import Mixed, mix_neighbors
 from knnlm.model import HFLanguageModel
 from knnlm.neighbors import Neighbors
@@ -60,7 +62,7 @@ def mixed_from(stores: dict[int, Any]) -> tuple[torch.Tensor, Mixed]:
         torch.tensor([[math.log(0.25)] * 3 + [0.0] * 3, [0.0] * 6], dtype=torch.float64),
     )
     temperature = torch.full((2,), TEMPERATURE, dtype=torch.float64)
-    return lm, mix_neighbors(lm, found, temperature=temperature, weight=torch.full((2,), SEARCHED.weight, dtype=torch.float64))
+    return lm, mix_neighbors(lm, found, temperature=temperature, weights=RowWeights(torch.full((2,), SEARCHED.weight, dtype=torch.float64)))
 
 
 def test_neighbours_come_heaviest_first_with_datastore_and_metadata(model: HFLanguageModel, stores: dict[int, Any]) -> None:
@@ -110,8 +112,9 @@ def test_alternatives_have_log_probs_where_those_were_asked_for(model: HFLanguag
 def test_a_search_that_found_nobody_is_told_from_none(model: HFLanguageModel, stores: dict[int, Any]) -> None:
     lm, mixed = mixed_from(stores)
     reporter = TokenReporter(model.tokenizer(), stores.__getitem__)
-    for retrieval, knn in ((SEARCHED, -math.inf), (RetrievalParams(0.0, 6, TEMPERATURE), None)):
-        found = reporter.details(1, 70, EVERYTHING, retrieval, lm, mixed)
+    unasked = replace(mixed, searched=torch.tensor([True, False]))
+    for retrieval, step, knn in ((SEARCHED, mixed, -math.inf), (RetrievalParams(0.0, 6, TEMPERATURE), unasked, None)):
+        found = reporter.details(1, 70, EVERYTHING, retrieval, lm, step)
         assert (found["knn_log_prob"], found["knn_share"], found["interpolation_weight"], found["neighbors"]) == (knn, 0.0, 0.0, ())
         assert found["log_prob"] == found["lm_log_prob"] == float(lm[1, 70])
         assert {a.knn_log_prob for a in found["alternatives"]} == {knn}

@@ -17,6 +17,7 @@ from knnlm.datastore_mix import StoreMix, StoreShare, heaviest_first, retrieve_u
 from knnlm.distribution import knn_log_probs, knn_token_log_probs, log_weights
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import InvalidInput
+from knnlm.gated import RowWeights
 from knnlm.index import ExactIndex
 from knnlm.knn_lm import mix_neighbors
 from knnlm.neighbors import Neighbors
@@ -102,7 +103,7 @@ def test_equals_numpy_row_by_row(mix: tuple[list[Store], list[list[float]], list
     stores, rows, ks, seed = mix
     queries, lm = random_queries(len(rows), seed), random_lm(len(rows), seed)
     found = union_of(stores, rows, ks, queries)
-    mixed = mix_neighbors(lm, found, temperature=full(len(rows), temperature), weight=full(len(rows), weight))
+    mixed = mix_neighbors(lm, found, temperature=full(len(rows), temperature), weights=RowWeights(full(len(rows), weight)))
     for row, (weights, k) in enumerate(zip(rows, ks, strict=True)):
         if k == 0 or not any(weights):
             assert torch.equal(mixed.log_probs[row], lm[row])
@@ -133,7 +134,7 @@ def test_a_row_of_a_batch_is_bitwise_the_row_alone(mix: tuple[list[Store], list[
     def mixed(chosen: slice) -> tuple[torch.Tensor, Neighbors]:
         found = union_of(stores, rows[chosen], ks[chosen], queries[chosen])
         count = len(rows[chosen])
-        result = mix_neighbors(lm[chosen], found, temperature=full(count, temperature), weight=full(count, 0.4))
+        result = mix_neighbors(lm[chosen], found, temperature=full(count, temperature), weights=RowWeights(full(count, 0.4)))
         return result.log_probs, result.neighbors
 
     log_probs, neighbors = mixed(slice(None))
@@ -246,7 +247,7 @@ def test_removed_entries_are_missing_and_the_other_datastore_speaks() -> None:
     assert found.stores.tolist() == [[1, 1, 1], [1, 1, 1]]
     nothing = StoreMix([empty.retriever, empty.retriever], [5.0, 1.0]).retrieve(random_queries(2, 0), 3)
     lm = random_lm(2, 0)
-    assert torch.equal(mix_neighbors(lm, nothing, temperature=full(2, 1.0), weight=full(2, 0.5)).log_probs, lm)
+    assert torch.equal(mix_neighbors(lm, nothing, temperature=full(2, 1.0), weights=RowWeights(full(2, 0.5))).log_probs, lm)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
