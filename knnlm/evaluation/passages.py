@@ -27,6 +27,8 @@ from knnlm.windows import Windowing, windows
 PASSAGE_TOKENS = 64
 SHOWN_NEIGHBORS = 4
 LEFT_CONTEXT = 12
+LISTED_TOKENS = 12
+LISTED_CHANGE = 0.1
 IMPOSSIBLE = 30.0
 """Nats: a change to or from probability 0 counts so much where passages are chosen."""
 
@@ -65,6 +67,11 @@ class ShownToken:
         """Mixture less base, above 0 where the token became more probable."""
         return 0.0 if self.logprob == self.lm_logprob else self.logprob - self.lm_logprob
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether it changed by neighbours that can be shown."""
+        return bool(self.neighbors) and abs(self.gain) >= LISTED_CHANGE
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -74,6 +81,12 @@ class Passage:
     position: int
     gain: float
     tokens: tuple[ShownToken, ...]
+
+
+def most_telling(passage: Passage, count: int = LISTED_TOKENS) -> list[ShownToken]:
+    """Up to ``count`` tokens of a passage whose neighbours are listed: those that changed most, in order of the text."""
+    order = sorted(range(len(passage.tokens)), key=lambda place: -abs(passage.tokens[place].gain))[:count]
+    return [passage.tokens[place] for place in sorted(order) if passage.tokens[place].is_telling]
 
 
 def most_changed(per_token: PerToken, count: int, length: int = PASSAGE_TOKENS) -> list[Rows]:

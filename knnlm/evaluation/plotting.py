@@ -7,6 +7,8 @@ of the page around an SVG, so that it reads on light and dark ground.
 from __future__ import annotations
 
 import io
+import re
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +72,15 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, facecolor="white", dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def svg(figure: Figure, title: str) -> str:
+def svg(figure: Figure, title: str, prefix: str) -> str:
     """An ``<svg>`` element that stands in a page: no XML head, no links, the page's text colour, ``title`` for those who
-    can't see it. The same figure gives the same text."""
-    from html import escape
-
+    can't see it. Its ids begin with ``prefix``, so that several share a page. The same figure gives the same text."""
     written = io.StringIO()
     with require_matplotlib().rc_context(_STYLE):
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    _, _, element = written.getvalue().partition("<svg")
-    head, _, rest = element.partition(">")
-    named = f'<svg role="img" aria-label="{escape(title)}"{head}><title>{escape(title)}</title>{rest}'
-    return named.replace(INK, "currentColor").strip()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    element = "<svg" + written.getvalue().partition("<svg")[2]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element).replace("xlink:href", "href")
+    element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
+    named = f'<svg role="img" aria-label="{escape(title)}"'
+    return element.replace("<svg", named, 1).replace(INK, "currentColor").strip()
