@@ -195,6 +195,21 @@ def test_csv_and_markdown_hold_the_same_figures_as_json(folder: Path, tmp_path: 
             assert line.count(" | ") >= 4
 
 
+def test_ids_reach_the_terminal_as_they_are_but_for_what_steers_it(
+    folder: Path, gpt2: HFLanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_corpus(1, seed=9)[0]
+    for name in ("corpus", "text"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text(json.dumps({"id": "[red]x[/red]\x1b[2J", "text": text}) + "\n")
+    (tmp_path / "text" / "b.txt").write_text(text)
+    build(tmp_path / "corpus", tmp_path / "store", gpt2, index="Flat")
+    assert knnlm("compare", tmp_path / "store", "--text", tmp_path / "text", "--no-baselines") == 0
+    out = capsys.readouterr().out
+    assert "left out because the text has the same: [red]x[/red]␛[2J\n" in out
+    assert "\x1b" not in out
+
+
 def test_figures_of_a_comparison_are_consistent(folder: Path) -> None:
     found = open_store(folder / "a").compare(folder / "text", mixture=Mixture(8, 20.0, 0.4), baselines=True)
     per_token, gain = found.per_token, found.per_token.gain.astype(np.float64)
