@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -66,7 +67,7 @@ def documents_of(opened: OpenedKNNLM, allowed: Any) -> set[str]:
 def test_subsets_are_nested_and_near_to_their_share(exact: OpenedKNNLM, shares: list[float], seed: int) -> None:
     subsets = nested_subsets(exact.store, shares, seed)
     members = [documents_of(exact, subset.mask) for subset in subsets]
-    assert all(small < large for small, large in zip(members, members[1:], strict=False))
+    assert all(small < large for small, large in itertools.pairwise(members))
     largest = int(exact.store.documents.token_counts.max()) - 1
     for share in shares:
         wanted = share * exact.store.manifest.live_entries
