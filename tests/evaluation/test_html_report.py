@@ -113,8 +113,8 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_it_loads_nothing_and_runs_nothing(html: str, page: Page) -> None:
-    assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"https://example\.com", "", html))
+def test_it_loads_nothing_and_runs_nothing(page: Page) -> None:
+    assert not [value for _, values in page.elements for value in values.values() if "//" in value]
     for name in ("src", "srcset", "action", "data", "poster", "background", "formaction"):
         assert page.attributes(name) == []
     assert not [name for _, values in page.elements for name in values if name.startswith("on")]
