@@ -37,6 +37,9 @@ def compare(
     no_auto_exclude: Annotated[
         bool, typer.Option("--no-auto-exclude", help="Let searches find documents of the datastore that are in the text, too.")
     ] = False,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Without an n-gram of the datastore's tokens and a continuous cache beside it.")
+    ] = False,
     per_token: Annotated[
         Path | None,
         typer.Option("--per-token", help="Write every token's figures to this .npz file (one datastore).", show_default=False),
@@ -111,6 +114,7 @@ def compare(
             reading={**reading, "gitignore": not no_gitignore},
             exclude=exclude_document or (),
             auto_exclude=not no_auto_exclude,
+            baselines=not no_baselines,
             batch_tokens=batch_size,
             progress=reporter.update,
             visit=visit,

@@ -52,7 +52,7 @@ def stores_table(compared: ComparedStores) -> Table:
 def perplexity_rows(comparison: Comparison) -> list[list[str]]:
     """Name and figures of base LM, kNN-LM and each baseline."""
     named = {"base LM": comparison.base, "kNN-LM": comparison.knn}
-    named |= {baseline.name: baseline.perplexity for baseline in comparison.baselines.values()}
+    named |= {f"base LM + {baseline.name}": baseline.perplexity for baseline in comparison.baselines.values()}
     return [[name, *_figures(result)] for name, result in named.items()]
 
 
@@ -86,10 +86,11 @@ def what_changed(comparison: Comparison) -> list[str]:
         f"better on {comparison.better:.1%} of tokens, worse on {comparison.worse:.1%}"
     ]
     for baseline in comparison.baselines.values():
-        against = change(baseline.knn_change, baseline.knn_interval)
         said.append(
-            f"{baseline.name}: perplexity {change(baseline.change, baseline.interval)} of the base LM's; kNN-LM against it {against}"
+            f"base LM + {baseline.name}: perplexity {change(baseline.change, baseline.interval)}; "
+            f"kNN-LM against it {change(baseline.knn_change, baseline.knn_interval)}"
         )
+    said += [f"baseline {name} left out: {reason}" for name, reason in comparison.baselines_left_out.items()]
     said.append(
         f"{comparison.tokens:,} tokens of {console.counted(comparison.documents, 'document')}; "
         f"standard errors and intervals over {comparison.cluster_count:,} {comparison.clusters}"
