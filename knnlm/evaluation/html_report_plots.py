@@ -22,6 +22,8 @@ def change_plot(histogram: Histogram) -> Figure:
     colors = [MIXTURE if middle < 0 else BASE for middle in middles]
     axes.bar(middles, histogram.counts, width=np.diff(histogram.edges), color=colors)
     axes.set_yscale("symlog", linthresh=1)
+    filled = np.flatnonzero(histogram.counts)
+    axes.set_xlim(histogram.edges[filled[0]] - 0.2, histogram.edges[filled[-1] + 1] + 0.2)
     axes.set(xlabel="change of log-probability, nats (above 0: more probable)", ylabel="tokens")
     return figure
 
