@@ -17,6 +17,7 @@ from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
 
 COMMANDS = "knnlm.commands"
+COMMAND_MODULES = ("knnlm.compare_command", "knnlm.scaling_command")
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -57,67 +58,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(f"knnlm {__version__}")
         raise typer.Exit
-
-
-@app.command()
-def compare(
-    store: Store,
-    text: Annotated[
-        list[str],
-        typer.Option("--text", help="Held-out text: file, folder, glob or URL (docs/inputs.md); may be repeated.", show_default=False),
-    ],
-    k: Annotated[int | None, typer.Option("--k", help="Neighbours per token.", show_default="profile or 64")] = None,
-    knn_temperature: Annotated[float | None, typer.Option(help="T of softmax(-distance/T).", show_default="profile or 10")] = None,
-    weight: Annotated[float | None, typer.Option(help="λ, the weight of the neighbours, 0 to 1.", show_default="profile or 0.2")] = None,
-    per_token: Annotated[
-        Path | None, typer.Option("--per-token", help="Write per-token log-probabilities to this .npz file.", show_default=False)
-    ] = None,
-    split_documents: Annotated[
-        str | None, typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="as built")
-    ] = None,
-    on_error: OnErrorOption = "stop",
-    text_field: TextField = DEFAULT_TEXT_FIELD,
-    id_field: IdField = DEFAULT_ID_FIELD,
-    no_gitignore: NoGitignore = False,
-    batch_size: Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)] = 2048,
-    model: Model = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    verify: Verify = False,
-    json: Json = False,
-) -> None:
-    """Perplexity of the base LM against the kNN-LM, over the same tokens of held-out text.
-
-    Windows, special tokens and key layer are those of the datastore. Standard errors count documents (or blocks of
-    text) as independent, not tokens.
-    """
-    import knnlm.evaluation.report as report
-    from knnlm.console import progress, quiet_transformers
-    from knnlm.evaluation.compare import compare as run
-    from knnlm.inputs.left_out import say_left_out
-    from knnlm.opening import open_store
-
-    if per_token is not None and not per_token.parent.is_dir():
-        raise InvalidInput("per_token", f"is {per_token}, but there is no folder {per_token.parent}.")
-    quiet_transformers()
-    opened = open_store(
-        store, model=model, device=device, dtype=dtype, k=k, temperature=knn_temperature, weight=weight, verify=verify,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    corpus = opened.corpus(
-        *text, split_documents=split_documents, on_error=on_error, text_field=text_field, id_field=id_field, gitignore=not no_gitignore
-    )
-    with progress() as reporter:
-        held = opened.read(corpus)
-        total = sum(len(document.ids) - 1 for document in held)
-        comparison = run(
-            opened.knn_lm, opened.store, held, batch_tokens=batch_size, progress=lambda done: reporter.update("comparing", done, total)
-        )
-    if per_token is not None:
-        report.write_per_token(per_token, comparison.per_token)
-    say_left_out(corpus)
-    report.show(opened, comparison, corpus, as_json=json)
 
 
 @app.command()
@@ -298,6 +238,8 @@ def doctor(
 @functools.cache
 def load_commands() -> typer.Typer:
     """The command with the subcommands of all installed packages, each registered once."""
+    for module in COMMAND_MODULES:
+        importlib.import_module(module).register(app)
     for found in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         module, _, function = found.value.partition(":")
         getattr(importlib.import_module(module), function)(app)

@@ -87,9 +87,9 @@ def test_commands_take_a_moved_model(store: Path, tiny_gpt2_path: Path, tmp_path
     (tmp_path / "held.txt").write_text(tiny_corpus(1, seed=3)[0])
     compare = ("compare", store, "--text", tmp_path / "held.txt", "--json")
     assert knnlm(*compare) == 0
-    before = json.loads(capsys.readouterr().out)
+    before = json.loads(capsys.readouterr().out)["stores"][0]
     assert knnlm(*compare, "--model", there) == 0
-    after = json.loads(capsys.readouterr().out)
+    after = json.loads(capsys.readouterr().out)["stores"][0]
     assert after["knn"]["value"] == before["knn"]["value"]
     assert after["settings"]["model"] == str(there)
     other = save(tiny_llama(), tiny_tokenizer(), tmp_path / "other")

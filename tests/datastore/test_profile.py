@@ -45,7 +45,7 @@ def test_what_was_written_is_read(store: Path, whole: Path) -> None:
 
 def compared(capsys: pytest.CaptureFixture[str], store: Path, whole: Path, *flags: str) -> dict[str, Any]:
     assert knnlm("compare", store, "--text", whole.parent / "held.txt", "--json", *flags) == 0
-    settings: dict[str, Any] = json.loads(capsys.readouterr().out)["settings"]
+    settings: dict[str, Any] = json.loads(capsys.readouterr().out)["stores"][0]["settings"]
     return {name: settings[name] for name in ("k", "knn_temperature", "weight", "mixture_from")}
 
 

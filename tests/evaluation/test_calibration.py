@@ -37,7 +37,8 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str
 
 
 def compared(capsys: pytest.CaptureFixture[str], store: Path, whole: Path, *options: str) -> dict[str, Any]:
-    return said(capsys, "compare", store, "--text", whole / "valid", *options)
+    found: dict[str, Any] = said(capsys, "compare", store, "--text", whole / "valid", *options)["stores"][0]
+    return found
 
 
 def test_compare_finds_the_perplexities_that_calibrate_promised(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

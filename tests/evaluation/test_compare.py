@@ -17,8 +17,10 @@ from knnlm.corpus import Corpus
 from knnlm.datastore.reader import Datastore
 from knnlm.entry_mask import EntryMask
 from knnlm.errors import CorpusError
-from knnlm.evaluation.compare import TOKENS_PER_CLUSTER, Comparison, _standard_error, compare
+from knnlm.evaluation.compare import compare
+from knnlm.evaluation.comparison import Comparison
 from knnlm.evaluation.scoring import score
+from knnlm.evaluation.statistics import TOKENS_PER_CLUSTER
 from knnlm.index import Candidates
 from knnlm.knn_lm import KNNLanguageModel
 from knnlm.mixture import Mixture
@@ -159,42 +161,6 @@ def test_documents_are_scored_alone(opened: OpenedKNNLM, held: list[TokenizedDoc
             np.testing.assert_allclose(alone.logprob, together.logprob[together.doc == number], rtol=0, atol=1e-5)
 
 
-def clustered(seed: int, sizes: list[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Values that share a part within a cluster, as losses of one text do."""
-    chance = np.random.default_rng(seed)
-    clusters = np.repeat(np.arange(len(sizes)), sizes)
-    values = chance.normal(-3, 1, len(clusters)) + chance.normal(0, 1, len(sizes))[clusters]
-    return values.astype(np.float32), clusters
-
-
-def test_standard_error_of_equal_clusters_is_that_of_their_means() -> None:
-    values, clusters = clustered(0, [7] * 40)
-    means = values.astype(np.float64).reshape(40, 7).mean(1)
-    assert _standard_error(values, clusters) == pytest.approx(means.std(ddof=1) / math.sqrt(40), rel=1e-6)
-
-
-def test_standard_error_of_single_tokens_is_the_textbook_one() -> None:
-    values, _ = clustered(1, [1] * 300)
-    assert _standard_error(values, np.arange(300)) == pytest.approx(values.astype(np.float64).std(ddof=1) / math.sqrt(300), rel=1e-6)
-
-
-@pytest.mark.parametrize("seed", [2, 3])
-def test_standard_error_is_near_the_bootstrap_over_clusters(seed: int) -> None:
-    sizes = np.random.default_rng(seed).integers(1, 60, 120).tolist()
-    values, clusters = clustered(seed, sizes)
-    sums, counts = np.bincount(clusters, values), np.bincount(clusters)
-    draws = np.random.default_rng(9).integers(0, len(sizes), (4000, len(sizes)))
-    bootstrap = (sums[draws].sum(1) / counts[draws].sum(1)).std()
-    assert _standard_error(values, clusters) == pytest.approx(bootstrap, rel=0.08)
-    as_if_independent = values.std() / math.sqrt(len(values))
-    assert bootstrap > 2 * as_if_independent
-
-
-def test_standard_error_of_one_cluster_or_infinite_values_is_not_known() -> None:
-    assert math.isnan(_standard_error(np.array([1, 2], np.float32), np.zeros(2, np.int64)))
-    assert math.isnan(_standard_error(np.array([1, -np.inf], np.float32), np.arange(2)))
-
-
 @pytest.mark.parametrize("documents", [19, 20])
 def test_clusters_are_documents_or_blocks_where_documents_are_few(documents: int, opened: OpenedKNNLM) -> None:
     texts = tiny_corpus(documents - 1, seed=4)
@@ -249,7 +215,8 @@ def test_bits_per_byte_by_hand(bos: str, eos: bool, gpt2: HFLanguageModel, tmp_p
 def test_the_text_itself_in_the_store_is_reported(opened: OpenedKNNLM, gpt2: HFLanguageModel, held: list[TokenizedDocument]) -> None:
     other = compare(opened.knn_lm, opened.store, held)
     documents = Corpus([opened.store.path.parent / "corpus"])
-    same = compare(opened.knn_lm, opened.store, list(tokenize(documents, opened.knn_lm.tokenizer, opened.model.vocabulary_size)))
+    text = list(tokenize(documents, opened.knn_lm.tokenizer, opened.model.vocabulary_size))
+    same = compare(opened.knn_lm, opened.store, text, auto_exclude=False)
     assert same.overlap == 1
     assert other.overlap < 0.5
 
@@ -274,11 +241,9 @@ def test_the_command_prints_and_writes_it(
     file = tmp_path / "scores"
     flags = ["--k", "4", "--knn-temperature", "20", "--weight", "0.3", "--per-token", str(file)]
     assert knnlm("compare", opened.store.path, "--text", held_folder, *flags, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    said = json.loads(capsys.readouterr().out)["stores"][0]
     held = list(tokenize(Corpus([held_folder]), opened.knn_lm.tokenizer, opened.model.vocabulary_size))
     expected = compare(opened.knn_lm, opened.store, held, mixture=Mixture(4, 20.0, 0.3))
-    fields = {"documents", "tokens", "base", "knn", "change", "change_standard_error", "better", "worse", "overlap", "clusters"}
-    assert set(said) == fields | {"settings", "left_out", "problems"}
     for name in ("base", "knn"):
         assert set(said[name]) == {"value", "standard_error", "bits_per_byte", "tokens_per_second"}
         assert said[name]["value"] == getattr(expected, name).value
@@ -290,14 +255,11 @@ def test_the_command_prints_and_writes_it(
     # Under exactly the name that was given.
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
     arrays = dict(np.load(file))
-    kinds = {name: array.dtype for name, array in arrays.items()}
-    assert kinds == {
-        "doc": np.int32,
-        "position": np.int64,
-        "token_id": np.int32,
-        "lm_logprob": np.float32,
-        "knn_logprob": np.float32,
-        "logprob": np.float32,
+    assert {name: array.dtype for name, array in arrays.items()} == {
+        **dict.fromkeys(("doc", "token_id", "lm_best", "best"), np.int32),
+        **dict.fromkeys(("position", "neighbor_ids", "supporter", "frequency"), np.int64),
+        **dict.fromkeys(("lm_logprob", "knn_logprob", "logprob", "weight", "nearest", "lm_best_logprob", "best_logprob"), np.float32),
+        **dict.fromkeys(("searched", "contaminated"), np.bool_),
     }
     for name, array in arrays.items():
         assert np.array_equal(array, getattr(expected.per_token, name))
@@ -305,7 +267,7 @@ def test_the_command_prints_and_writes_it(
 
 def test_infinite_values_are_null_in_json(opened: OpenedKNNLM, held_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert knnlm("compare", opened.store.path, "--text", held_folder, "--weight", "1", "--k", "1", "--json") == 0
-    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["stores"][0]
     assert said["knn"]["value"] is None
     assert said["knn"]["standard_error"] is None
     assert said["base"]["value"] > 1
@@ -360,7 +322,7 @@ def test_windows_and_special_tokens_are_those_of_the_store(tmp_path: Path, capsy
     for bos, scored in (("auto", tokens), ("no", tokens - len(TEXTS))):
         build(corpus, tmp_path / bos, HFLanguageModel.load(path), index="exact", bos=bos, max_length=8)
         assert knnlm("compare", tmp_path / bos, "--text", corpus, "--json") == 0
-        said = json.loads(capsys.readouterr().out)
+        said = json.loads(capsys.readouterr().out)["stores"][0]
         assert (said["tokens"], said["settings"]["max_length"], said["settings"]["stride"]) == (scored, 8, 4)
 
 

@@ -176,7 +176,7 @@ def test_the_command_writes_the_same(run: Run, tmp_path: Path, report: Callable[
     assert np.abs(rows["lm_logprob"] - base).max() < 1e-4
     assert np.quantile(deviation, 0.995) < 1e-3
     assert deviation.max() < 2e-2
-    said, expected = json.loads(done.stdout), table(run)
+    said, expected = json.loads(done.stdout)["stores"][0], table(run)
     row = next(row for row in expected["table"] if (row["key"], row["k"], row["T"]) == (run.key, k, temperature))
     assert said["base"]["value"] == pytest.approx(expected["base_ppl"], rel=1e-3)
     assert said["knn"]["value"] == pytest.approx(row[f"ppl_l{weight}"], rel=1e-3)

@@ -175,7 +175,7 @@ def test_commands(of_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert knnlm("verify", of_gpt2) == 0
     capsys.readouterr()
     assert knnlm("compare", of_gpt2, "--text", tmp_path / "held.txt", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["change"] != 0
+    assert json.loads(capsys.readouterr().out)["stores"][0]["change"] != 0
 
 
 @pytest.mark.parametrize("distance", ["exact", "index"])
