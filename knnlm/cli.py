@@ -17,7 +17,7 @@ from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
 
 COMMANDS = "knnlm.commands"
-COMMAND_MODULES = ("knnlm.compare_command", "knnlm.scaling_command")
+COMMAND_MODULES = ("knnlm.compare_command", "knnlm.scaling_command", "knnlm.export_command")
 INTERRUPTED = 130
 
 app = typer.Typer(
