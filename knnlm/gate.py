@@ -131,9 +131,13 @@ class DistanceBuckets:
 
     def __call__(self, features: Tensor) -> Tensor:
         """λ [n] float64 for ``features`` [n, 13]."""
+        return torch.tensor(self.weights, dtype=torch.float64)[self.places(features)]
+
+    def places(self, features: Tensor) -> Tensor:
+        """The number of each row's bucket: [n] int64."""
         nearest = features[:, FEATURES.index("nearest")].contiguous()
         edges = torch.tensor(self.edges, dtype=torch.float64).clamp(min=LEAST_DISTANCE).log()
-        return torch.tensor(self.weights, dtype=torch.float64)[torch.bucketize(nearest, edges)]
+        return torch.bucketize(nearest, edges)
 
 
 @dataclass(frozen=True)
