@@ -14,7 +14,10 @@ __version__ = version("knnlm")
 if TYPE_CHECKING:
     from knnlm.datastore.reader import Datastore
     from knnlm.datastore.removal import Removal, remove_documents
-    from knnlm.evaluation.compare import Comparison, compare
+    from knnlm.evaluation.compare import compare
+    from knnlm.evaluation.compare_stores import compare_stores
+    from knnlm.evaluation.compared_stores import ComparedStores
+    from knnlm.evaluation.comparison import Comparison
     from knnlm.knn_lm import KNNLanguageModel
     from knnlm.mixture import Mixture
     from knnlm.model import HFLanguageModel
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from knnlm.sampling import SamplingParams
 
 _HOMES = {
-    "Comparison": "knnlm.evaluation.compare",
+    "ComparedStores": "knnlm.evaluation.compared_stores",
+    "Comparison": "knnlm.evaluation.comparison",
     "Datastore": "knnlm.datastore.reader",
     "HFLanguageModel": "knnlm.model",
     "KNNLanguageModel": "knnlm.knn_lm",
@@ -30,12 +34,14 @@ _HOMES = {
     "Removal": "knnlm.datastore.removal",
     "SamplingParams": "knnlm.sampling",
     "compare": "knnlm.evaluation.compare",
+    "compare_stores": "knnlm.evaluation.compare_stores",
     "open_mix": "knnlm.opening",
     "open_store": "knnlm.opening",
     "remove_documents": "knnlm.datastore.removal",
 }
 
 __all__ = [
+    "ComparedStores",
     "Comparison",
     "Datastore",
     "HFLanguageModel",
@@ -45,6 +51,7 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "compare",
+    "compare_stores",
     "open_mix",
     "open_store",
     "remove_documents",

@@ -17,7 +17,7 @@ from knnlm.errors import InvalidInput, KNNLMError
 from knnlm.inputs.options import OnError
 
 COMMANDS = "knnlm.commands"
-COMMAND_MODULES = ("knnlm.compare_command", "knnlm.calibrate_command")
+COMMAND_MODULES = ("knnlm.compare_command", "knnlm.calibrate_command", "knnlm.scaling_command", "knnlm.export_command")
 INTERRUPTED = 130
 
 app = typer.Typer(

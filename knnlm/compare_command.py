@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +37,23 @@ def compare(
     no_auto_exclude: Annotated[
         bool, typer.Option("--no-auto-exclude", help="Let searches find documents of the datastore that are in the text, too.")
     ] = False,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Without an n-gram of the datastore's tokens and a continuous cache beside it.")
+    ] = False,
     per_token: Annotated[
         Path | None,
         typer.Option("--per-token", help="Write every token's figures to this .npz file (one datastore).", show_default=False),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the figures of all groups of tokens.", show_default=False)] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown.", show_default=False)] = None,
+    html_report: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write everything, with plots, as one HTML file that opens offline.", show_default=False),
+    ] = None,
+    passages: Annotated[int, typer.Option(help="Most changed passages of each datastore in the report.", min=0)] = 6,
+    show_text: Annotated[
+        int, typer.Option("--show-text", help="Print this many passages, coloured by what changed, with the neighbours.", min=0)
+    ] = 0,
     split_documents: Annotated[
         str | None, typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="as built")
     ] = None,
@@ -65,18 +78,34 @@ def compare(
     import knnlm.evaluation.comparison_files as files
     from knnlm.console import print_json, progress, quiet_transformers
     from knnlm.corpus import Corpus
-    from knnlm.evaluation.compare_stores import compare_stores
+    from knnlm.evaluation.compare_stores import OpenComparison, compare_stores
     from knnlm.evaluation.comparison_json import content_of
+    from knnlm.evaluation.html_report import ReportedStore, passages_of, reported, require_report, write_report
+    from knnlm.evaluation.passages import Passage
     from knnlm.evaluation.report import show
+    from knnlm.evaluation.text_view import show_passages_text
     from knnlm.inputs.left_out import say_left_out
 
-    _require_folders(per_token=per_token, csv=csv, markdown=markdown)
+    _require_folders(per_token=per_token, csv=csv, markdown=markdown, report=html_report)
+    if html_report is not None:
+        require_report()
+    if json and show_text:
+        raise InvalidInput("show_text", "prints passages for people, and --json one object alone; use one of them.")
     if per_token is not None and len(stores) > 1:
         raise InvalidInput("per_token", f"writes the figures of one datastore, but {len(stores)} are given; compare them one by one.")
     quiet_transformers()
     opening: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "verify": verify, "trust_remote_code": trust_remote_code}
     reading = {"split_documents": split_documents, "on_error": on_error, "text_field": text_field, "id_field": id_field}
     corpora: list[Corpus] = []
+    parts: list[ReportedStore] = []
+    shown: list[list[Passage]] = []
+
+    def visit(found: OpenComparison) -> None:
+        corpora.append(found.corpus)
+        shown.append(passages_of(found, show_text) if show_text else [])
+        if html_report is not None:
+            parts.append(reported(found, passages))
+
     with progress() as reporter:
         compared = compare_stores(
             stores,
@@ -85,9 +114,10 @@ def compare(
             reading={**reading, "gitignore": not no_gitignore},
             exclude=exclude_document or (),
             auto_exclude=not no_auto_exclude,
+            baselines=not no_baselines,
             batch_tokens=batch_size,
             progress=reporter.update,
-            visit=lambda found: corpora.append(found.corpus),
+            visit=visit,
         )
     say_left_out(corpora[0])
     if per_token is not None:
@@ -96,10 +126,15 @@ def compare(
         files.write_csv(csv, compared)
     if markdown is not None:
         files.write_markdown(markdown, compared)
+    if html_report is not None:
+        write_report(html_report, compared, parts, shlex.join(["knnlm", *sys.argv[1:]]))
     if json:
         print_json(content_of(compared))
-    else:
-        show(compared)
+        return
+    show(compared)
+    for store, found in zip(compared.stores, shown, strict=True):
+        if show_text:
+            show_passages_text(store.name if len(shown) > 1 else "", found)
 
 
 def _require_folders(**files: Path | None) -> None:

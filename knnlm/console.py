@@ -48,14 +48,15 @@ def quiet_transformers() -> None:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """One JSON object on standard output; not-a-number and infinite values become null."""
-    sys.stdout.write(json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """For JSON: not-a-number and infinite values become None."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
 
 

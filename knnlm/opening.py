@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knnlm.corpus import Corpus
 from knnlm.datastore.fitting import require_mixable
@@ -15,7 +15,6 @@ from knnlm.datastore.reader import Datastore, Evidence
 from knnlm.datastore.search_file import search_settings
 from knnlm.datastore_mix import NeighborSource, StoreMix
 from knnlm.errors import InvalidInput, StoreDamaged, StoreMismatch
-from knnlm.evaluation.compare import Comparison, compare
 from knnlm.gate import Gate
 from knnlm.gated import StoreGate
 from knnlm.generation import generate
@@ -28,6 +27,9 @@ from knnlm.retrieval import Retriever
 from knnlm.sampling import SamplingParams
 from knnlm.tokenization import TextTokenizer
 from knnlm.tokenized import TokenizedDocument, tokenize
+
+if TYPE_CHECKING:
+    from knnlm.evaluation.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ class OpenedKNNLM:
         """Documents as tokens, with special tokens as those of the datastore. Raises :class:`CorpusError`."""
         return list(tokenize(corpus, self.knn_lm.tokenizer, self.model.vocabulary_size))
 
-    def compare(self, *paths: str | Path, mixture: Mixture | None = None) -> Comparison:
-        """Perplexity of base LM and kNN-LM over the text of files and folders; see :func:`knnlm.compare`."""
-        return compare(self.knn_lm, self.store, self.read(self.corpus(*paths)), mixture=mixture)
+    def compare(self, *paths: str | Path, mixture: Mixture | None = None, **options: Any) -> Comparison:
+        """Perplexity of base LM and kNN-LM over the text of files and folders; ``options`` are those of :func:`knnlm.compare`."""
+        # Evaluation opens stores itself, so it can't be there before this module.
+        from knnlm.evaluation.compare import compare
+
+        return compare(self.knn_lm, self.store, self.read(self.corpus(*paths)), mixture=mixture, **options)
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 64, sampling: SamplingParams | None = None, mixture: Mixture | None = None

@@ -93,15 +93,15 @@ def text_positions(
         tokens, window = placed[number]
         wanted = min(-(-left // (len(chosen) - done)), window.target_count)
         targets = np.sort(chance.choice(np.arange(window.first_target, window.end), wanted, replace=False))
-        queries.append(_keys(model, tokens, window, targets))
+        queries.append(keys_before(model, tokens, window, targets))
         values.append(torch.from_numpy(tokens[targets].astype(np.int64)))
         left -= wanted
     found = torch.cat(queries)
     return Positions(found, torch.cat(values), torch.zeros((len(found), 2), dtype=torch.int64), "positions of held-out text")
 
 
-def _keys(model: LanguageModel, tokens: Tokens, window: Window, targets: Numbers) -> Tensor:
-    """Keys of the positions before ``targets``: [t, dimension] float32."""
+def keys_before(model: LanguageModel, tokens: Tokens, window: Window, targets: Numbers) -> Tensor:
+    """Keys of the positions before ``targets``, which lie in ``window`` of the document ``tokens``: [t, dimension] float32."""
     ids = torch.from_numpy(tokens[window.start : window.end - 1].astype(np.int64))[None]
     columns = torch.from_numpy(targets - 1 - window.start)
     return model.forward(ids.to(model.device), logits=False).keys[0].cpu()[columns].float()

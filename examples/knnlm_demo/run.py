@@ -18,7 +18,8 @@ from rich.text import Text
 
 from knnlm import console
 from knnlm.errors import InvalidInput, KNNLMError
-from knnlm.evaluation.compare import Comparison, compare
+from knnlm.evaluation.compare import compare
+from knnlm.evaluation.comparison import Comparison
 from knnlm.evaluation.report import perplexity_table
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store

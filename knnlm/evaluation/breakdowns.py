@@ -25,9 +25,14 @@ class Scores:
 
     @property
     def gain(self) -> FloatArray:
-        """Mixture less base; 0 where both find a token impossible."""
-        with np.errstate(invalid="ignore"):
-            return np.where(self.lm == self.mixed, np.float32(0), self.mixed - self.lm)
+        """:func:`gain_of` the mixture over the base LM."""
+        return gain_of(self.lm, self.mixed)
+
+
+def gain_of(before: FloatArray, after: FloatArray) -> FloatArray:
+    """Change of log-probabilities [n] in nats; 0 where both find a token impossible."""
+    with np.errstate(invalid="ignore"):
+        return np.where(before == after, np.float32(0), after - before)
 
 
 @dataclass(frozen=True)

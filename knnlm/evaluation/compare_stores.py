@@ -15,6 +15,7 @@ from knnlm.corpus import Corpus
 from knnlm.datastore.reader import Datastore
 from knnlm.datastore.selection import require_all
 from knnlm.errors import InvalidInput
+from knnlm.evaluation.breakdowns import gain_of
 from knnlm.evaluation.compare import compare
 from knnlm.evaluation.compared_stores import ComparedStore, ComparedStores, Pair, Setup
 from knnlm.evaluation.comparison import Comparison
@@ -163,7 +164,7 @@ def _same_tokens(one: Comparison, other: Comparison) -> bool:
 
 
 def _pair(first: int, second: int, one: Comparison, other: Comparison) -> Pair:
-    gain = other.per_token.logprob - one.per_token.logprob
+    gain = gain_of(one.per_token.logprob, other.per_token.logprob)
     clusters = Clusters.among(one.per_token.doc, one.per_token.position)
     change = perplexity(other.per_token.logprob) / perplexity(one.per_token.logprob) - 1
     return Pair(first, second, change, relative(intervals_of_means(gain, clusters)[0]), float((gain > 0).mean()), float((gain < 0).mean()))

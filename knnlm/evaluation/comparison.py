@@ -234,11 +234,18 @@ class Leakage:
 
 @dataclass(frozen=True)
 class ComparedBaseline:
-    """Another way to use the datastore's tokens, on the same targets. ``log_probs`` [n] float32; ``perplexity`` of it;
-    ``change`` against the base LM and its ``interval``; ``knn_change``: of the kNN-LM against it, with ``knn_interval``."""
+    """Something simpler mixed with the base LM, on the same targets, with ``settings`` and ``weight`` of its own.
+
+    ``log_probs`` [n] float32 of the mixture and its ``perplexity`` (speed is not measured); ``alone``: perplexity without the LM,
+    infinite where it finds a token impossible; ``change`` against the base LM and its ``interval``; ``knn_change``: of the
+    kNN-LM against this, with ``knn_interval``.
+    """
 
     name: str
+    settings: Mapping[str, Any]
+    weight: float
     perplexity: Perplexity
+    alone: float
     change: float
     interval: Interval
     knn_change: float
@@ -254,7 +261,8 @@ class Comparison:
     paired difference and ``interval``; ``better``, ``worse``: shares of tokens that became more, or less, probable;
     ``clusters``: what standard errors and intervals count as independent (``documents``, or ``blocks of 256 tokens`` where
     there are fewer than 20 documents), ``cluster_count`` of them. ``mean_weight``: λ over all tokens; ``skipped``: share of
-    tokens without a search; ``gated``: whether λ was chosen for each token by the profile's gate.
+    tokens without a search; ``gated``: whether λ was chosen for each token by the profile's gate. ``baselines`` by name (none
+    where they were not asked for), ``baselines_left_out``: why others are missing.
     """
 
     documents: int
@@ -279,6 +287,7 @@ class Comparison:
     cost: Cost
     leakage: Leakage
     baselines: Mapping[str, ComparedBaseline]
+    baselines_left_out: Mapping[str, str]
     per_token: PerToken
 
     @property
