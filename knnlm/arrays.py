@@ -24,5 +24,11 @@ def map_array(path: Path, mode: Literal["r", "c"]) -> np.ndarray[Any, Any]:
 def write_array(file: BinaryIO, array: np.ndarray[Any, Any]) -> None:
     """Write ``array`` as ``np.save`` does, which says of a full disk neither that it is full nor where."""
     array = np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    write_header(file, array.dtype, array.shape)
     file.write(array.data)
+
+
+def write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """The head of a ``.npy`` file, after which the array's bytes follow in C order."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)

@@ -14,10 +14,10 @@ import typer
 
 from knnlm import __version__
 from knnlm.errors import InvalidInput, KNNLMError
-from knnlm.inputs.options import DEFAULT_ID_FIELD, DEFAULT_TEXT_FIELD, OnError
+from knnlm.inputs.options import OnError
 
 COMMANDS = "knnlm.commands"
-COMMAND_MODULES = ("knnlm.compare_command", "knnlm.scaling_command")
+COMMAND_MODULES = ("knnlm.compare_command", "knnlm.calibrate_command", "knnlm.scaling_command", "knnlm.export_command")
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -58,72 +58,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(f"knnlm {__version__}")
         raise typer.Exit
-
-
-@app.command()
-def calibrate(
-    store: Store,
-    text: Annotated[
-        list[str],
-        typer.Option("--text", help="Validation text: file, folder, glob or URL (docs/inputs.md); may be repeated.", show_default=False),
-    ],
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, max=4096, help="Most neighbours per token.", show_default="1024, or all entries")
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option("--cache", help="Folder for what was found, which is used again.", show_default="deleted afterwards"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what was found, and leave the store as it is.")] = False,
-    split_documents: Annotated[
-        str | None, typer.Option(help="Regular expression; in text files a new document begins at each match.", show_default="as built")
-    ] = None,
-    on_error: OnErrorOption = "stop",
-    text_field: TextField = DEFAULT_TEXT_FIELD,
-    id_field: IdField = DEFAULT_ID_FIELD,
-    no_gitignore: NoGitignore = False,
-    batch_size: Annotated[int, typer.Option(help="Tokens in one forward pass.", min=1)] = 2048,
-    model: Model = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-) -> None:
-    """Choose k, the kNN temperature and the weight on validation text, and save them as the datastore's profile.
-
-    One pass of model and search at the largest k; every setting is then computed from what that found. Commands and
-    servers that open the store take the profile where nothing else is given. Test on other text: knnlm compare.
-    """
-    import knnlm.evaluation.calibration_report as report
-    from knnlm.console import progress, quiet_transformers
-    from knnlm.evaluation.calibration import calibrate as run
-    from knnlm.evaluation.calibration import profile_of
-    from knnlm.inputs.left_out import say_left_out
-    from knnlm.opening import open_store
-
-    quiet_transformers()
-    # All three are given, so that a profile which does not fit any more is no obstacle to a new one.
-    opened = open_store(
-        store, model=model, device=device, dtype=dtype, k=64, temperature=10.0, weight=0.2, trust_remote_code=trust_remote_code
-    )
-    corpus = opened.corpus(
-        *text, split_documents=split_documents, on_error=on_error, text_field=text_field, id_field=id_field, gitignore=not no_gitignore
-    )
-    with progress() as reporter:
-        held = opened.read(corpus)
-        total = sum(len(document.ids) - 1 for document in held)
-        found = run(
-            opened,
-            held,
-            k=k,
-            cache=cache,
-            batch_tokens=batch_size,
-            progress=lambda done: reporter.update("searching", done, total),
-        )
-    if not dry_run:
-        profile_of(opened, found, ", ".join(text)).write(store)
-    say_left_out(corpus)
-    report.show(found, store, saved=not dry_run, as_json=json)
 
 
 @app.command()

@@ -34,6 +34,7 @@ FEATURES = (
     "distinct_tokens",
     "followed",
 )
+ROWS_AT_ONCE = 16
 LEAST_LOG_PROB = -30.0
 LEAST_DISTANCE = 1e-6
 
@@ -49,12 +50,17 @@ class LMSummary:
 
     @classmethod
     def of(cls, log_probs: Tensor) -> LMSummary:
-        """Of log-probabilities [n, vocabulary]."""
-        most = log_probs.max(1)
-        probabilities = log_probs.exp()
-        # 0 · log 0 is 0.
-        entropy = -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(1)
-        return cls(entropy, most.values, most.indices)
+        """Of log-probabilities [n, vocabulary], in memory for a few rows at a time."""
+        entropies, most, best = zip(*map(_summed_up, log_probs.split(ROWS_AT_ONCE)), strict=True)
+        return cls(torch.cat(entropies), torch.cat(most), torch.cat(best))
+
+
+def _summed_up(log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, largest log-probability and its token of some rows [n, vocabulary]."""
+    most = log_probs.max(1)
+    # 0 · log 0 is 0. Summed up in float64, since a lone row may be divided between threads and another is not.
+    terms = log_probs.exp().mul_(log_probs.clamp(min=torch.finfo(log_probs.dtype).min))
+    return -terms.sum(1, dtype=torch.float64).to(log_probs.dtype), most.values, most.indices
 
 
 def lm_features(lm: LMSummary) -> Tensor:
@@ -125,9 +131,13 @@ class DistanceBuckets:
 
     def __call__(self, features: Tensor) -> Tensor:
         """λ [n] float64 for ``features`` [n, 13]."""
-        nearest = features[:, FEATURES.index("nearest")]
+        return torch.tensor(self.weights, dtype=torch.float64)[self.places(features)]
+
+    def places(self, features: Tensor) -> Tensor:
+        """The number of each row's bucket: [n] int64."""
+        nearest = features[:, FEATURES.index("nearest")].contiguous()
         edges = torch.tensor(self.edges, dtype=torch.float64).clamp(min=LEAST_DISTANCE).log()
-        return torch.tensor(self.weights, dtype=torch.float64)[torch.bucketize(nearest, edges)]
+        return torch.bucketize(nearest, edges)
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,8 @@ class Network:
             values = values @ torch.tensor(matrix, dtype=torch.float64).T + torch.tensor(biases, dtype=torch.float64)
             if place < len(self.layers) - 1:
                 values = values.tanh()
-        return values[:, 0].sigmoid()
+        # As float32: in which order a batch's products are summed up changes the last bits of a float64.
+        return values[:, 0].sigmoid().float().double()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 
 from transformers.cache_utils import DynamicCache
 
@@ -28,20 +29,33 @@ def generate(
     ``sampling``: how tokens are drawn (None: always the most probable one). Raises :class:`InvalidInput` if prompt and
     ``max_new_tokens`` exceed the model's context.
     """
-    params = (sampling or SamplingParams(temperature=0.0)).validate()
     tokens = knn_lm.tokenizer.encode(prompt)
-    if len(tokens) + max_new_tokens > model.context:
+    generated = list(generate_tokens(knn_lm, model, tokens, max_new_tokens=max_new_tokens, sampling=sampling, mixture=mixture))
+    return knn_lm.tokenizer.decode([*tokens, *generated])[len(knn_lm.tokenizer.decode(tokens)) :]
+
+
+def generate_tokens(
+    knn_lm: KNNLanguageModel,
+    model: HFLanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingParams | None = None,
+    mixture: Mixture | None = None,
+) -> Iterator[int]:
+    """The tokens that :func:`generate` draws after the token ids of ``prompt``, one by one, without the one that ends them."""
+    params = (sampling or SamplingParams(temperature=0.0)).validate()
+    if len(prompt) + max_new_tokens > model.context:
         raise InvalidInput(
-            "max_new_tokens", f"is {max_new_tokens}; with {len(tokens)} prompt tokens that exceeds the context of {model.context}."
+            "max_new_tokens", f"is {max_new_tokens}; with {len(prompt)} prompt tokens that exceeds the context of {model.context}."
         )
-    length, cache, unread = len(tokens), DynamicCache(), list(tokens)
+    tokens, cache, unread = list(prompt), DynamicCache(), list(prompt)
     draws = random.Random(params.seed)
-    for _ in range(max_new_tokens):
+    for generated in range(max_new_tokens):
         mixed = knn_lm.next_token(unread, mixture, cache=cache, before=tokens[: -len(unread)])
-        generated = len(tokens) - length
         token = sample(mixed.log_probs[0], params, tokens, draws.random(), generated=generated, base=mixed.lm_log_probs[0])
         if token in model.eos_ids:
             break
+        yield token
         tokens.append(token)
         unread = [token]
-    return knn_lm.tokenizer.decode(tokens)[len(knn_lm.tokenizer.decode(tokens[:length])) :]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from knnlm.errors import InvalidInput
 from knnlm.following import contexts_of
+from knnlm.hub import export_store, read_hub_folder
 from knnlm.mixture import Mixture
 from knnlm.opening import OpenedKNNLM, open_store
 
@@ -46,6 +48,26 @@ class KNNLMForCausalLM(PreTrainedModel, GenerationMixin):
     def from_store(cls, store: str | Path, *, mixture: Mixture | None = None, **options: Any) -> Self:
         """Open the datastore at ``store`` with its model; ``options`` and errors are those of :func:`knnlm.open_store`."""
         return cls(open_store(store, **options), mixture)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, *, mixture: Mixture | None = None, model: str | None = None, **options: Any
+    ) -> Self:
+        """Open a folder that :meth:`save_pretrained` wrote, wherever it was copied to; no network is asked for the datastore.
+
+        ``model``: where the base model lies, if it is not in the folder and not where it was at the build; ``options`` and
+        errors are those of :func:`knnlm.open_store`, and those of :func:`knnlm.hub.read_hub_folder`.
+        """
+        found = read_hub_folder(folder)
+        chosen = model if model is not None or found.model is None else str(found.model)
+        return cls(open_store(found.store, model=chosen, **options), mixture)
+
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, *, with_model: bool = False, reports: Sequence[Path] = ()
+    ) -> None:
+        """Write the datastore as a new folder in a model hub's layout, with the base model if asked for; as
+        :func:`knnlm.hub.export_store`. The settings of this object are not part of it: the datastore's profile is."""
+        export_store(self.opened.store.path, folder, with_model=with_model, reports=reports)
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ from knnlm.datastore.reader import Datastore, Evidence, signature_of
 from knnlm.datastore.removal import Removal
 from knnlm.datastore.selection import as_text, matching_rows
 from knnlm.errors import KNNLMError, StoreLocked
+from knnlm.gate import Gate
 from knnlm.index import read_index_facts
 
 LISTED_AT_MOST = 1_000
@@ -47,9 +48,16 @@ def facts(store: Datastore) -> dict[str, Any]:
         "index": {**asdict(index), "bytes": index_bytes},
         "search": manifest.search,
         "bytes": store.size_bytes(),
-        "profile": None if profile is None else {**asdict(profile.mixture), "source": profile.source},
+        "profile": None if profile is None else {**asdict(profile.mixture), "source": profile.source, "gate": _gate(profile.gate)},
         "audit_log_lines": logged_operations(store.path),
     }
+
+
+def _gate(gate: Gate | None) -> dict[str, Any] | None:
+    """What is said of a profile's gate; ``skip_below`` None: every token is searched for."""
+    if gate is None:
+        return None
+    return {"kind": gate.content()["kind"], "floor": gate.floor, "skip_below": None if gate.skip is None else gate.skip.threshold}
 
 
 def show(store: Datastore, *, as_json: bool) -> None:
@@ -101,11 +109,20 @@ def _content_rows(said: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _search_rows(said: Mapping[str, Any]) -> list[tuple[str, str]]:
     index, profile = said["index"], said["profile"]
     mixture = f"k={profile['k']}, temperature={profile['temperature']:g}, weight={profile['weight']:g}" if profile else "not calibrated"
+    gate = profile["gate"] if profile else None
     return [
         ("index", f"{index['factory']}, {_size(index['bytes'], said['counts']['entries'])}"),
         ("search settings", said["search"] or "by rule, not measured"),
         ("mixture", mixture),
+        ("adaptive weight", "none" if gate is None else _gate_line(gate)),
     ]
+
+
+def _gate_line(gate: Mapping[str, Any]) -> str:
+    skip = (
+        f"no search where less than {gate['skip_below']:g} is expected" if gate["skip_below"] is not None else "every token is searched for"
+    )
+    return f"{gate['kind'].replace('_', ' ')}, 0 below {gate['floor']:g}, {skip}"
 
 
 def _size(count: int, entries: int) -> str:

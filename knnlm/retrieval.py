@@ -77,6 +77,14 @@ class Retriever:
             out.distances[rows, :size], out.tokens[rows, :size], out.ids[rows, :size] = part.distances, part.tokens, part.ids
         return out
 
+    def measure(self, queries: Tensor, ids: Tensor) -> Neighbors:
+        """The entries ``ids`` [n, k] (-1: none; each once in a row) as neighbours of ``queries`` [n, d], by exact distance.
+
+        Keys must be stored.
+        """
+        assert self._keys is not None
+        return self._in_parts(queries.float(), ids, ids.shape[1], self._keys)
+
     def _same_k(self, queries: Tensor, k: int, allowed: EntryMask | None) -> Neighbors:
         setting = self.settings.for_k(k, None if allowed is None else allowed.allowed)
         count = k if self._keys is None else math.ceil(setting.overfetch * k)
@@ -88,8 +96,12 @@ class Retriever:
         if self._keys is None:
             ids, order = ids.sort(dim=1, stable=True)
             return self._nearest(candidates.distances.gather(1, order), ids, k)
-        rows = max(1, RERANK_FLOATS // (count * queries.shape[1]))
-        parts = [self._measured(q, i, k, self._keys) for q, i in zip(queries.split(rows), ids.split(rows), strict=True)]
+        return self._in_parts(queries, ids, k, self._keys)
+
+    def _in_parts(self, queries: Tensor, ids: Tensor, k: int, stored: Gatherable) -> Neighbors:
+        """:meth:`_measured` in bounded memory."""
+        rows = max(1, RERANK_FLOATS // (ids.shape[1] * queries.shape[1]))
+        parts = [self._measured(q, i, k, stored) for q, i in zip(queries.split(rows), ids.split(rows), strict=True)]
         if len(parts) == 1:
             return parts[0]
         return Neighbors(*(torch.cat([getattr(part, name) for part in parts]) for name in ("distances", "tokens", "ids")))

@@ -1,4 +1,4 @@
-"""How a calibration is shown: the best mixture, and the best of each k beside it."""
+"""How a calibration is shown: the best mixture of each k, the ways to choose λ side by side, and what skipping would save."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from knnlm import console
 from knnlm.datastore.profile import PROFILE
 from knnlm.evaluation.calibration import Calibration
+from knnlm.evaluation.gate_choice import GateChoice, Judged
 from knnlm.evaluation.mixture_fit import Point
 
 
@@ -34,7 +35,36 @@ def show(calibration: Calibration, store: Path, *, saved: bool, as_json: bool) -
     )
     if mixture.weight == 0:
         console.messages.print("warning: the datastore does not help on this text at any weight, so the best mixture is the base LM alone")
+    if calibration.choice is None:
+        console.out.print("no adaptive weight: the text is too short to hold any of it out")
+    else:
+        _show_choice(calibration.choice)
     console.out.print(f"saved as {store / PROFILE}" if saved else "not saved (--dry-run)")
+
+
+def _show_choice(choice: GateChoice) -> None:
+    rows = [_row(judged) for judged in (choice.base, choice.fixed, *choice.forms)]
+    console.out.print(console.table("on held-out documents", ["weight", "", "perplexity", "± s.e.", "against fixed", "± s.e."], rows))
+    if choice.negatives:
+        rows = [_row(judged) for judged in choice.negatives]
+        columns = ["text of no use", "", "perplexity", "± s.e.", "against base LM", "± s.e."]
+        console.out.print(console.table(f"with the {choice.chosen}", columns, rows))
+    if choice.gate is None:
+        console.out.print(f"no adaptive weight: the best, a {choice.chosen}, is not better than the fixed one by a standard error")
+        return
+    zeros = f"{choice.zeros:.1%} of tokens have weight 0"
+    if choice.skip is None:
+        console.out.print(f"adaptive weight: {choice.chosen}; {zeros}; no search is worth skipping")
+    else:
+        console.out.print(
+            f"adaptive weight: {choice.chosen}; {zeros}; {choice.skip.saved:.1%} of searches are skipped "
+            f"(perplexity {choice.skip.change:+.2%})"
+        )
+
+
+def _row(judged: Judged) -> list[str]:
+    numbers = [f"{judged.perplexity:.2f}", f"{judged.standard_error:.2f}", f"{judged.change:+.2%}", f"{judged.change_standard_error:.2%}"]
+    return [judged.name, judged.detail, *numbers]
 
 
 def best_of_each_k(surface: Sequence[Point]) -> list[Point]:

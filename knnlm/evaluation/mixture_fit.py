@@ -82,11 +82,15 @@ def temperature_grid(cache: NeighborCache) -> list[float]:
 
 
 def _spread(part: CachedTokens) -> Array:
-    """Distance from the nearest to the farthest neighbour that was found, per token."""
-    distances = np.asarray(part.distances, np.float64)
-    found = np.asarray(part.ids) >= 0
-    farthest: Array = np.where(found, distances, -np.inf).max(1)
-    return farthest - distances[:, 0]
+    """Distance from the nearest to the farthest neighbour that was found, per token; NaN where none was."""
+    spreads = []
+    for start in range(0, len(part), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        last = (np.asarray(part.ids[rows]) >= 0).sum(1) - 1
+        distances = np.asarray(part.distances[rows], np.float64)
+        farthest = np.take_along_axis(distances, np.maximum(last, 0)[:, None], 1)[:, 0]
+        spreads.append(np.where(last >= 0, farthest, np.nan) - np.where(last >= 0, distances[:, 0], np.nan))
+    return np.concatenate(spreads)
 
 
 def target_log_probs(part: CachedTokens, ks: Sequence[int], temperature: float) -> Array:
@@ -109,30 +113,32 @@ def target_log_probs(part: CachedTokens, ks: Sequence[int], temperature: float) 
     return torch.cat(parts, dim=1).numpy()
 
 
-def best_weight(lm: Array, knn: Array) -> tuple[float, float]:
+def best_weight(lm: Array, knn: Array, importance: Array | None = None) -> tuple[float, float]:
     """The λ of the highest mean log-likelihood, and the mean loss there (nats a token).
 
     ``lm`` and ``knn`` [n]: log-probabilities of the targets; NaN in ``knn``: no neighbour, the base LM alone, whatever λ is.
+    ``importance`` [n]: how much each token counts (None: all the same).
     Bisection on the derivative Σ (r-1)/(1+λ(r-1)) with r = p_kNN/p_LM, which falls in λ.
     """
     searched = ~np.isnan(knn)
     gain = np.expm1(np.clip(knn[searched] - lm[searched], None, 700.0))
+    counts = np.ones(len(lm)) if importance is None else importance
     low, high = 0.0, 1.0
-    if not len(gain) or gain.mean() <= 0:
-        return 0.0, -float(lm.mean())
+    if not len(gain) or float(counts[searched] @ gain) <= 0:
+        return 0.0, -float(np.average(lm, weights=counts))
     while high - low > WEIGHT_TOLERANCE:
         middle = (low + high) / 2
-        if float((gain / (1 + middle * gain)).sum()) > 0:
+        if float(counts[searched] @ (gain / (1 + middle * gain))) > 0:
             low = middle
         else:
             high = middle
     weight = round(low, 6)
-    return weight, mixture_loss(lm, knn, weight)
+    return weight, mixture_loss(lm, knn, weight, counts)
 
 
-def mixture_loss(lm: Array, knn: Array, weight: float) -> float:
+def mixture_loss(lm: Array, knn: Array, weight: float, importance: Array | None = None) -> float:
     """Mean negative log-likelihood (nats a token) of the mixture with one λ for all tokens; NaN in ``knn``: the LM alone."""
-    return -float(mixed_log_probs(lm, knn, weight).mean())
+    return -float(np.average(mixed_log_probs(lm, knn, weight), weights=importance))
 
 
 def mixed_log_probs(lm: Array, knn: Array, weight: float | Array) -> Array:

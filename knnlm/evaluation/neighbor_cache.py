@@ -3,30 +3,38 @@
 Per token: the LM's log-probability, entropy, largest probability and rank of the target. Per neighbour, at the largest
 k: distance, token, entry and the LM's log-probability of that token. Whatever is asked afterwards (fewer neighbours,
 another temperature, weight or gate, the mixture's most probable token) needs neither model nor index. The folder
-belongs to one text, one datastore, one model: anything else is refused.
+belongs to one text, one datastore, one model: anything else is refused. Files are written batch by batch, so memory is
+that of a batch; at k = 1024 a token takes 20 KiB of disk.
+
+A cache of shuffled contexts answers each position with what another one found, measured again from the position's own
+query: what a search would return of a datastore that holds nothing but that. It shows a gate a datastore that is of no use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
-from knnlm.arrays import map_array, write_array
+from knnlm.arrays import map_array, write_header
 from knnlm.datastore.files import made_aside, read_json_with_checksum, write_json_with_checksum
 from knnlm.errors import CorpusError, StoreDamaged, StoreMismatch
 from knnlm.evaluation.scoring import ReadBatch, read
+from knnlm.following import FOLLOWED_NEIGHBORS, followed_by_each
+from knnlm.gate import LMSummary
+from knnlm.neighbors import Neighbors
 from knnlm.opening import OpenedKNNLM
-from knnlm.retrieval import Retriever
 from knnlm.tokenized import TokenizedDocument
 
 CACHE = "cache.json"
-FORMAT = 1
+FORMAT = 2
 TOKENS_OF_PART = 8192
 
 Array = np.ndarray[Any, Any]
@@ -40,7 +48,8 @@ class CachedTokens:
     ``lm_log_prob``, ``lm_entropy``, ``lm_max_log_prob`` float32, natural logarithms; ``lm_argmax`` int32 (the smallest id among
     equals); ``lm_rank`` int32, tokens that the LM finds more probable than the target. Per neighbour [n, k], nearest first:
     ``distances`` float32 (squared L2, inf: none), ``tokens`` int32, ``ids`` int64 (-1: none) and ``neighbor_lm_log_probs``
-    float32, the LM's log-probability of the neighbour's token.
+    float32, the LM's log-probability of the neighbour's token. ``followed`` int32 [n, min(k, 8)]: how many tokens of context
+    the token shares with each of its nearest neighbours (:func:`knnlm.following.followed_by_each`).
     """
 
     document: Array
@@ -55,6 +64,7 @@ class CachedTokens:
     tokens: Array
     ids: Array
     neighbor_lm_log_probs: Array
+    followed: Array
 
     def __len__(self) -> int:
         return len(self.target)
@@ -62,19 +72,22 @@ class CachedTokens:
     @staticmethod
     def empty(n: int, k: int) -> CachedTokens:
         """Room for n tokens with k neighbours each."""
-        return CachedTokens(**{name: np.empty((n, k) if wide else n, dtype) for name, (dtype, wide) in _COLUMNS.items()})
+        return CachedTokens(**{name: np.empty((n, *wide), dtype) for name, (dtype, wide) in columns(k).items()})
 
 
-_FLOAT, _INT, _LONG = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
-_COLUMNS: dict[str, tuple[np.dtype[Any], bool]] = {
-    **dict.fromkeys(("document", "position", "target"), (_INT, False)),
-    **dict.fromkeys(("lm_log_prob", "lm_entropy", "lm_max_log_prob"), (_FLOAT, False)),
-    **dict.fromkeys(("lm_argmax", "lm_rank"), (_INT, False)),
-    "distances": (_FLOAT, True),
-    "tokens": (_INT, True),
-    "ids": (_LONG, True),
-    "neighbor_lm_log_probs": (_FLOAT, True),
-}
+def columns(k: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """The arrays of :class:`CachedTokens`: type, and shape beside the number of tokens."""
+    whole, real = np.dtype(np.int32), np.dtype(np.float32)
+    return {
+        **dict.fromkeys(("document", "position", "target"), (whole, ())),
+        **dict.fromkeys(("lm_log_prob", "lm_entropy", "lm_max_log_prob"), (real, ())),
+        **dict.fromkeys(("lm_argmax", "lm_rank"), (whole, ())),
+        "distances": (real, (k,)),
+        "tokens": (whole, (k,)),
+        "ids": (np.dtype(np.int64), (k,)),
+        "neighbor_lm_log_probs": (real, (k,)),
+        "followed": (whole, (min(k, FOLLOWED_NEIGHBORS),)),
+    }
 
 
 class NeighborCache:
@@ -91,8 +104,11 @@ class NeighborCache:
             yield _open_part(_part_folder(self.folder, number), self.k)
 
 
-def cache_facts(opened: OpenedKNNLM, documents: Sequence[TokenizedDocument], k: int) -> dict[str, Any]:
-    """Everything that decides what stands in a cache; equal facts, equal caches (up to the last bits of a float)."""
+def cache_facts(opened: OpenedKNNLM, documents: Sequence[TokenizedDocument], k: int, shuffled_batches: int | None = None) -> dict[str, Any]:
+    """Everything that decides what stands in a cache; equal facts, equal caches (up to the last bits of a float).
+
+    ``shuffled_batches``: of shuffled contexts, the tokens of a batch, within which positions are exchanged.
+    """
     manifest, retriever = opened.store.manifest, opened.retriever
     setting = retriever.settings.for_k(k, None)
     text = xxhash.xxh3_128()
@@ -115,6 +131,7 @@ def cache_facts(opened: OpenedKNNLM, documents: Sequence[TokenizedDocument], k: 
         "probes": setting.probes,
         "overfetch": setting.overfetch,
         "distance": retriever.distance,
+        "shuffled_batches": shuffled_batches,
     }
 
 
@@ -124,27 +141,28 @@ def fill_cache(
     documents: Iterable[TokenizedDocument],
     k: int,
     *,
+    shuffled: bool = False,
     batch_tokens: int = 2048,
     progress: Callable[[int], None] = lambda done: None,
 ) -> NeighborCache:
     """The cache of ``documents`` in ``folder``: what is there already is kept, what is missing is made, part by part.
 
-    ``progress`` is called with the number of tokens that stand in the cache. Killed at any moment, the same call goes on.
-    Raises :class:`CorpusError` where no token can be scored, :class:`StoreMismatch` where the folder holds the cache of
-    something else, naming the difference.
+    ``shuffled``: with the neighbours of other positions. ``progress`` is called with the number of tokens that stand in the
+    cache. Killed at any moment, the same call goes on. Raises :class:`CorpusError` where no token can be scored,
+    :class:`StoreMismatch` where the folder holds the cache of something else, naming the difference.
     """
     held, root = list(documents), Path(folder)
-    facts = cache_facts(opened, held, k)
+    facts = cache_facts(opened, held, k, batch_tokens if shuffled else None)
     if not facts["tokens"]:
         raise CorpusError("There is nothing to score: no document has at least two tokens.")
     _claim(root, facts)
     done = 0
     for number, (first, group) in enumerate(_groups(held)):
         path = _part_folder(root, number)
-        count = sum(len(document.ids) - 1 for document in group)
         if not path.is_dir():
-            _write_part(path, opened, first, group, k, batch_tokens)
-        done += count
+            for written in _write_part(path, opened, first, group, k, batch_tokens, shuffled):
+                progress(done + written)
+        done += sum(len(document.ids) - 1 for document in group)
         progress(done)
     return NeighborCache(root, facts)
 
@@ -198,49 +216,92 @@ def _groups(documents: Sequence[TokenizedDocument]) -> Iterator[tuple[int, list[
         yield first, group
 
 
-def _write_part(path: Path, opened: OpenedKNNLM, first: int, group: Sequence[TokenizedDocument], k: int, batch_tokens: int) -> None:
+def _write_part(
+    path: Path,
+    opened: OpenedKNNLM,
+    first: int,
+    group: Sequence[TokenizedDocument],
+    k: int,
+    batch_tokens: int,
+    shuffled: bool,
+) -> Iterator[int]:
+    """Yields how many tokens are written, batch by batch."""
     ids = [document.ids for document in group]
     counts = [max(len(tokens) - 1, 0) for tokens in ids]
-    part = CachedTokens.empty(sum(counts), k)
-    part.document[:] = np.repeat(np.arange(first, first + len(group)), counts)
-    part.position[:] = np.concatenate([np.arange(1, count + 1) for count in counts])
-    for batch in read(opened.model, ids, opened.store.manifest.windowing, batch_tokens=batch_tokens):
-        _put(part, batch, opened.retriever, k)
+    numbers = np.repeat(np.arange(first, first + len(group)), counts)
+    positions = np.concatenate([np.arange(1, count + 1) for count in counts])
+    done = 0
     with made_aside(path) as aside:
-        for field in fields(part):
-            with (aside / f"{field.name}.npy").open("wb") as file:
-                write_array(file, getattr(part, field.name))
-        write_json_with_checksum(aside / "part.json", {"tokens": len(part)})
+        with ExitStack() as stack:
+            files = _create_columns(stack, aside, len(numbers), k)
+            for batch in read(opened.model, ids, opened.store.manifest.windowing, batch_tokens=batch_tokens):
+                rows = batch.rows.numpy()
+                places = {"document": torch.from_numpy(numbers[rows]), "position": torch.from_numpy(positions[rows])}
+                _put(files, rows, {**places, **_columns_of(batch, opened, k, shuffled)}, k)
+                done += len(rows)
+                yield done
+        write_json_with_checksum(aside / "part.json", {"tokens": len(numbers)})
 
 
-def _put(part: CachedTokens, batch: ReadBatch, retriever: Retriever, k: int) -> None:
-    rows, log_probs, targets = batch.rows.numpy(), batch.log_probs, batch.targets[:, None]
+def _create_columns(stack: ExitStack, folder: Path, n: int, k: int) -> dict[str, tuple[BinaryIO, int]]:
+    """A file for each column, and where in it the rows begin."""
+    files: dict[str, tuple[BinaryIO, int]] = {}
+    for name, (dtype, wide) in columns(k).items():
+        file = stack.enter_context((folder / f"{name}.npy").open("wb"))
+        write_header(file, dtype, (n, *wide))
+        files[name] = (file, file.tell())
+    return files
+
+
+def _put(files: Mapping[str, tuple[BinaryIO, int]], rows: Array, values: Mapping[str, Tensor], k: int) -> None:
+    """Write each column's values for ``rows`` [n], run by run of rows that follow one another."""
+    runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
+    for name, (dtype, wide) in columns(k).items():
+        file, begin = files[name]
+        column = np.ascontiguousarray(values[name].numpy().astype(dtype, copy=False))
+        size = dtype.itemsize * int(np.prod(wide, dtype=np.int64))
+        for run in runs:
+            file.seek(begin + int(rows[run[0]]) * size)
+            file.write(column[run[0] : run[-1] + 1].data)
+
+
+def _columns_of(batch: ReadBatch, opened: OpenedKNNLM, k: int, shuffled: bool) -> dict[str, Tensor]:
+    """What a cache says of the tokens of a batch, by column."""
+    log_probs, targets = batch.log_probs, batch.targets[:, None]
     of_target = log_probs.gather(1, targets)
-    most = log_probs.max(1)
-    probabilities = log_probs.exp()
-    found = retriever.retrieve(batch.queries, k)
-    values = {
+    lm = LMSummary.of(log_probs)
+    found = opened.retriever.retrieve(batch.queries, k)
+    if shuffled:
+        found = _of_other_positions(found, batch, opened)
+    return {
         "target": batch.targets,
         "lm_log_prob": of_target[:, 0],
-        # 0 · log 0 is 0.
-        "lm_entropy": -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(1),
-        "lm_max_log_prob": most.values,
-        "lm_argmax": most.indices,
+        "lm_entropy": lm.entropy,
+        "lm_max_log_prob": lm.max_log_prob,
+        "lm_argmax": lm.best,
         "lm_rank": (log_probs > of_target).sum(1),
         "distances": found.distances,
         "tokens": found.tokens,
         "ids": found.ids,
         "neighbor_lm_log_probs": log_probs.gather(1, found.tokens),
+        "followed": followed_by_each(batch.contexts, found, opened.store),
     }
-    for name, tensor in values.items():
-        getattr(part, name)[rows] = tensor.numpy()
+
+
+def _of_other_positions(found: Neighbors, batch: ReadBatch, opened: OpenedKNNLM) -> Neighbors:
+    """Each row with the neighbours of the one half a batch away, by their distance to the row's own query.
+
+    Where the datastore has no keys to measure from, their distances stay those of the other row.
+    """
+    other = found.each(lambda part: part.roll(len(found) // 2, 0))
+    return other if opened.store.keys is None else opened.retriever.measure(batch.queries, other.ids)
 
 
 def _open_part(path: Path, k: int) -> CachedTokens:
     facts = read_json_with_checksum(path / "part.json")
     arrays = {}
-    for name, (dtype, wide) in _COLUMNS.items():
-        file, shape = path / f"{name}.npy", (facts["tokens"], k) if wide else (facts["tokens"],)
+    for name, (dtype, wide) in columns(k).items():
+        file, shape = path / f"{name}.npy", (facts["tokens"], *wide)
         try:
             arrays[name] = map_array(file, "r")
         except ValueError as error:

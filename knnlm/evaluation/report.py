@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from knnlm import console
 from knnlm.evaluation.compared_stores import ComparedStore, ComparedStores
 from knnlm.evaluation.comparison import Comparison, Excluded, Group, Interval, Leakage, Perplexity
+from knnlm.evaluation.visible_text import visible
 
 NAMED = 5
 
@@ -20,17 +22,22 @@ def show(compared: ComparedStores) -> None:
     several = len(compared.stores) > 1
     console.out.print(stores_table(compared))
     for sentence in beside_one_another(compared):
-        console.out.print(sentence, soft_wrap=True)
+        _say(sentence)
     for store in compared.stores:
         if several:
-            console.out.print(f"\n{store.name}", style="bold", soft_wrap=True)
+            _say(f"\n{store.name}", style="bold")
         for sentence in what_changed(store.comparison):
-            console.out.print(sentence, soft_wrap=True)
+            _say(sentence)
         console.out.print(groups_table(store.comparison))
         for sentence in (*quality_and_cost(store.comparison), *audited(store.comparison.leakage), settings_of(store)):
-            console.out.print(sentence, soft_wrap=True)
+            _say(sentence)
     for store in compared.stores:
         _shout(store, several=several)
+
+
+def _say(sentence: str, style: str = "") -> None:
+    """Ids and paths stand in it: brackets are no markup, and no control character reaches the terminal."""
+    console.out.print(visible(sentence), style=style, markup=False, soft_wrap=True)
 
 
 def perplexity_table(comparison: Comparison) -> Table:
@@ -45,7 +52,7 @@ def stores_table(compared: ComparedStores) -> Table:
     """:func:`perplexity_table` of each datastore, under its name where there are several."""
     if len(compared.stores) == 1:
         return perplexity_table(compared.stores[0].comparison)
-    rows = [[store.name, *row] for store in compared.stores for row in perplexity_rows(store.comparison)]
+    rows = [[visible(store.name), *row] for store in compared.stores for row in perplexity_rows(store.comparison)]
     return console.table("", ["datastore", "", *COLUMNS], rows)
 
 
@@ -103,7 +110,7 @@ def what_changed(comparison: Comparison) -> list[str]:
 
 def change(value: float, interval: Interval) -> str:
     """A relative change with its interval: ``-29.6% [-31.0%, -28.1%]``."""
-    return f"{value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
+    return f"{value:+.1%} " + ("[no interval]" if np.isnan(interval.low) else f"[{interval.low:+.1%}, {interval.high:+.1%}]")
 
 
 GROUP_COLUMNS = ["tokens", "base LM", "kNN-LM", "change", "95 %", "better"]
@@ -126,8 +133,8 @@ def grouped(comparison: Comparison) -> list[tuple[str, Sequence[Group]]]:
 
 def group_row(group: Group, *, indent: str = "") -> list[str]:
     """Name and figures of one group."""
-    low, high = (f"{value:+.1%}" for value in (group.interval.low, group.interval.high))
-    figures = [f"{group.tokens:,}", f"{group.base:.2f}", f"{group.knn:.2f}", f"{group.change:+.1%}", f"{low} {high}"]
+    interval = "" if np.isnan(group.interval.low) else f"{group.interval.low:+.1%} {group.interval.high:+.1%}"
+    figures = [f"{group.tokens:,}", f"{group.base:.2f}", f"{group.knn:.2f}", f"{group.change:+.1%}", interval]
     return [indent + group.name, *figures, f"{group.better:.1%}"]
 
 
@@ -181,11 +188,13 @@ def _shout(store: ComparedStore, *, several: bool) -> None:
     leakage = store.comparison.leakage
     if not leakage.is_much:
         return
-    where = f"the datastore {store.name}" if several else "the datastore"
+    where = f"the datastore {visible(store.name)}" if several else "the datastore"
     console.messages.print(
         Panel(
-            f"warning: much of this text stands in {where} ({leakage.share(13):.0%} of its 13-token sequences); "
-            "the figures say little about new text. Test on other text, or leave documents out with --exclude-document.",
+            Text(
+                f"warning: much of this text stands in {where} ({leakage.share(13):.0%} of its 13-token sequences); "
+                "the figures say little about new text. Test on other text, or leave documents out with --exclude-document."
+            ),
             style="bold red",
         )
     )

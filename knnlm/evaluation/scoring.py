@@ -21,7 +21,7 @@ from knnlm.knn_lm import KNNLanguageModel, mix_targets
 from knnlm.mixture import Mixture
 from knnlm.model import LanguageModel
 from knnlm.neighbors import Neighbors
-from knnlm.windows import PlacedWindow, Windowing, length_batches, windows
+from knnlm.windows import PlacedWindow, Window, Windowing, length_batches, windows
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -89,8 +89,15 @@ def score(
 
 def read(model: LanguageModel, documents: Iterable[IntArray], windowing: Windowing, *, batch_tokens: int = 2048) -> Iterator[ReadBatch]:
     """Read every token but the first of each document as a target, batch by batch; rows as :func:`score` numbers them."""
+    return read_windows(model, ((tokens, windows(len(tokens), windowing)) for tokens in documents), batch_tokens=batch_tokens)
+
+
+def read_windows(
+    model: LanguageModel, documents: Iterable[tuple[IntArray, Iterable[Window]]], *, batch_tokens: int = 2048
+) -> Iterator[ReadBatch]:
+    """Read the windows that stand with each document, batch by batch; rows number their targets in the order of the windows."""
     stream = _Stream(documents)
-    for batch in length_batches(stream.place(windowing), batch_tokens):
+    for batch in length_batches(stream.place(), batch_tokens):
         yield _read_batch(model, stream, batch)
         stream.forget(batch)
 
@@ -98,20 +105,20 @@ def read(model: LanguageModel, documents: Iterable[IntArray], windowing: Windowi
 class _Stream:
     """Documents on their way through windows; each is held until its last window was scored."""
 
-    def __init__(self, documents: Iterable[IntArray]) -> None:
+    def __init__(self, documents: Iterable[tuple[IntArray, Iterable[Window]]]) -> None:
         self._documents = documents
         self._held: dict[int, tuple[IntArray, int]] = {}
 
-    def place(self, windowing: Windowing) -> Iterator[PlacedWindow]:
+    def place(self) -> Iterator[PlacedWindow]:
         """Windows with the document's number as ``origin``."""
         row = 0
-        for number, tokens in enumerate(self._documents):
-            placed = list(windows(len(tokens), windowing))
+        for number, (tokens, chosen) in enumerate(self._documents):
+            placed = list(chosen)
             if placed:
                 self._held[number] = (tokens, len(placed))
             for window in placed:
-                yield PlacedWindow(window, number, row + window.first_target - 1)
-            row += max(len(tokens) - 1, 0)
+                yield PlacedWindow(window, number, row)
+                row += window.target_count
 
     def tokens(self, item: PlacedWindow) -> Tensor:
         """The window's tokens, targets included: [input_length + 1] int64."""

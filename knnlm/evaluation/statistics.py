@@ -66,15 +66,17 @@ def intervals_of_means(
     """Bootstrap interval of the mean of ``values`` [n], and then of its mean over each of ``members`` (each [n] bool).
 
     Clusters are drawn with replacement, as many as there are, ``resamples`` times; a resample's mean is the ratio of what the
-    drawn clusters sum up to, and the interval its 2.5th to 97.5th percentile. All come from the same draws. NaN for one
-    cluster, and where a value is not finite.
+    drawn clusters sum up to, and the interval its 2.5th to 97.5th percentile. All come from the same draws. NaN for tokens of
+    one cluster, and where a value is not finite.
     """
     masks = [np.ones(len(values), bool), *members]
     if clusters.count < 2:
         return [UNKNOWN] * len(masks)
-    usable = [bool(mask.any()) and bool(np.isfinite(values[mask]).all()) for mask in masks]
-    sums = np.stack([clusters.sums(np.where(mask & ok, values, 0.0)) for mask, ok in zip(masks, usable, strict=True)], axis=1)
     sizes = np.stack([clusters.sums(mask) for mask in masks], axis=1)
+    # One cluster gives one value, whatever is drawn.
+    several = (sizes > 0).sum(axis=0) > 1
+    usable = [bool(enough) and bool(np.isfinite(values[mask]).all()) for mask, enough in zip(masks, several, strict=True)]
+    sums = np.stack([clusters.sums(np.where(mask & ok, values, 0.0)) for mask, ok in zip(masks, usable, strict=True)], axis=1)
     means = resampled_means(sums, sizes, resamples=resamples, seed=seed)
     return [_percentiles(means[:, place]) if ok else UNKNOWN for place, ok in enumerate(usable)]
 

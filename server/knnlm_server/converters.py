@@ -201,11 +201,10 @@ def server_info_message(info: ServerInfo) -> pb.GetServerInfoResponse:
 def _datastore_message(info: DatastoreInfo) -> pb.DatastoreInfo:
     retrieval = info.default_retrieval
     facts = {name: value for name, value in vars(info).items() if name != "default_retrieval"}
-    return pb.DatastoreInfo(
-        **facts,
-        default_retrieval=pb.DefaultRetrieval(interpolation_weight=retrieval.weight, k=retrieval.k, knn_temperature=retrieval.temperature),
-        adaptive_weight=retrieval.adaptive,
+    defaults = pb.DefaultRetrieval(
+        interpolation_weight=retrieval.weight, k=retrieval.k, knn_temperature=retrieval.temperature, adaptive_weight=retrieval.adaptive
     )
+    return pb.DatastoreInfo(**facts, default_retrieval=defaults)
 
 
 def read_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -223,8 +222,8 @@ def read_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
 
 def _read_datastore(message: pb.DatastoreInfo) -> DatastoreInfo:
     retrieval = message.default_retrieval
-    facts = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields if field.name != "adaptive_weight"}
-    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature, adaptive=message.adaptive_weight)
+    facts = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    default = RetrievalParams(retrieval.interpolation_weight, retrieval.k, retrieval.knn_temperature, adaptive=retrieval.adaptive_weight)
     return DatastoreInfo(**facts | {"default_retrieval": default})
 
 

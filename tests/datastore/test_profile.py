@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from knnlm.datastore.files import write_json_with_checksum
 from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import KNNLMError, StoreDamaged
+from knnlm.gated import StoreGate
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.opening import open_store
+from knnlm.opening import open_mix, open_store
+from tests.gates import random_gate
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
+PROMPT = "The old king"
 CALIBRATED = Profile(Mixture(k=5, temperature=2.5, weight=0.35), "exact", "held.txt, 2026-01-01")
 
 
@@ -67,9 +72,45 @@ def test_the_profile_changes_what_compare_finds(store: Path, whole: Path) -> Non
 
 def test_inspect_shows_it(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert knnlm("inspect", store, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["profile"] == {"k": 5, "temperature": 2.5, "weight": 0.35, "source": CALIBRATED.source}
+    found = json.loads(capsys.readouterr().out)["profile"]
+    assert found == {"k": 5, "temperature": 2.5, "weight": 0.35, "source": CALIBRATED.source, "gate": None}
     assert knnlm("inspect", whole, "--json") == 0
     assert json.loads(capsys.readouterr().out)["profile"] is None
+
+
+@pytest.fixture
+def gated(store: Path) -> Path:
+    replace(CALIBRATED, gate=random_gate(1)).write(store)
+    return store
+
+
+def test_inspect_says_what_gate_it_has(gated: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert knnlm("inspect", gated, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["profile"]["gate"] == {"kind": "network", "floor": 0.3, "skip_below": 0.5}
+    for path, line in ((gated, "network, 0 below 0.3, no search where less than 0.5 is expected"), (whole, "adaptive weight  none")):
+        assert knnlm("inspect", path) == 0
+        assert line in " ".join(capsys.readouterr().out.replace("│", " ").split()).replace("adaptive weight none", "adaptive weight  none")
+
+
+def test_the_gate_applies_where_nothing_is_given(gated: Path) -> None:
+    opened = open_store(gated)
+    assert opened.mixture_source == "calibrated profile with an adaptive weight"
+    assert opened.knn_lm.gate == StoreGate(random_gate(1), opened.store)
+    for given in ({"k": 5}, {"temperature": 2.5}, {"weight": 0.35}, {"k": 5, "temperature": 2.5, "weight": 0.35}):
+        fixed = open_store(gated, **given)
+        assert (fixed.knn_lm.gate, fixed.searchable.gate) == (None, None)
+        assert "adaptive" not in fixed.mixture_source
+        assert fixed.knn_lm.mixture == CALIBRATED.mixture
+        assert fixed.next_token(PROMPT).weight.tolist() == [0.35]
+    expected = open_mix({"alone": gated}).next_token(PROMPT)
+    assert torch.equal(opened.next_token(PROMPT).log_probs, expected.log_probs)
+    assert opened.next_token(PROMPT).weight.tolist() != [0.35]
+
+
+def test_a_mix_of_several_has_one_weight(gated: Path, whole: Path) -> None:
+    several = open_mix({"gated": gated, "other": whole})
+    assert several.knn_lm.gate is None
+    assert several.next_token(PROMPT).weight.tolist() == [0.35]
 
 
 @pytest.mark.parametrize("at", range(0, 200, 7))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from knnlm.datastore.reader import Datastore
 from knnlm.entry_mask import EntryMask
+from knnlm.gate import Gate
+from knnlm.gated import StoreGate
 from knnlm.index import Candidates, NeighborIndex
 from knnlm.knn_lm import KNNLanguageModel, Mixed
 from knnlm.model import HFLanguageModel
@@ -56,8 +58,20 @@ class Parts:
     def datastores(self) -> Datastores:
         """The store, served alone."""
         served = Datastores(self.model, self.knn_lm.tokenizer)
-        served.serve("default", SearchableStore(self.store, self.knn_lm.retriever, self.knn_lm.mixture, "the test"))
+        served.serve("default", self.searchable)
         return served
+
+    @property
+    def searchable(self) -> SearchableStore:
+        """The store as it is opened, with the gate of the model."""
+        gate = None if self.knn_lm.gate is None else self.knn_lm.gate.gate
+        return SearchableStore(self.store, self.knn_lm.retriever, self.knn_lm.mixture, "the test", gate)
+
+    def gated(self, gate: Gate) -> Parts:
+        """The same with a gate."""
+        knn_lm = self.knn_lm
+        gated = KNNLanguageModel(knn_lm.model, knn_lm.tokenizer, knn_lm.retriever, knn_lm.mixture, StoreGate(gate, self.store))
+        return replace(self, knn_lm=gated)
 
     def searched_by(self, index: NeighborIndex) -> Parts:
         """The same with another index in front of the stored keys."""

@@ -26,11 +26,16 @@ from knnlm_server.errors import EngineFailed
 from knnlm_server.prefix_blocks import PrefixBlocks
 from knnlm_server.sequence import FinishEvent, GenerationRequest, RetrievalParams, TokenEvent
 from tests.engine.harness import GREEDY, Answer, Parts, RecordingEngine, complete, make_engine, random_prompt, request, sample_name
+from tests.gates import tiny_gate
 
 BLOCK = 4
 BEGINNINGS = [random_prompt(30, seed) for seed in (1, 2)]
 SAMPLINGS = [GREEDY, SamplingParams(temperature=0.9, seed=5), SamplingParams(temperature=1.1, top_k=30, repetition_penalty=1.3, seed=7)]
-RETRIEVALS = [RetrievalParams(0.0, 1, 10.0), RetrievalParams(0.3, 3, 10.0), RetrievalParams(1.0, 8, 1.0), RetrievalParams(0.3, 8, 10.0)]
+ADAPTIVE = RetrievalParams(0.3, 8, 10.0, adaptive=True)
+RETRIEVALS = [
+    RetrievalParams(0.0, 1, 10.0), RetrievalParams(0.3, 3, 10.0), RetrievalParams(1.0, 8, 1.0), RetrievalParams(0.3, 8, 10.0), ADAPTIVE,
+    ADAPTIVE,
+]  # fmt: skip
 STOPS: list[dict[str, Any]] = [{"ignore_eos": True}, {}, {"stop_token_ids": tuple(range(1, 40))}, {"stop_strings": ("e", "th")}]
 
 
@@ -175,6 +180,7 @@ class BatchEqualsAlone(RuleBasedStateMachine):
 
 
 def play(parts: Parts, *, exact: bool, examples: int, phases: Collection[Phase] = tuple(Phase)) -> None:
+    parts = parts.gated(tiny_gate(2))
     machine = type("Machine", (BatchEqualsAlone,), {"parts": parts, "exact": exact, "known": {}})
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=14, deadline=None, phases=phases))
 

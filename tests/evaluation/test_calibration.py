@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,68 @@ def test_compare_finds_the_perplexities_that_calibrate_promised(store: Path, who
     found = said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "32")
     assert found["saved"]
     after = compared(capsys, store, whole)
-    assert after["settings"]["mixture_from"] == "calibrated profile"
-    assert {name: after["settings"][name] for name in ("k", "knn_temperature", "weight")} == {
-        name: found[name] for name in ("k", "knn_temperature", "weight")
-    }
+    chosen = {name: found[name] for name in ("k", "knn_temperature", "weight")}
+    assert {name: after["settings"][name] for name in chosen} == chosen
     assert after["base"]["value"] == pytest.approx(found["base_perplexity"], rel=1e-4)
+    fixed = compared(
+        capsys, store, whole, *(part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value)))
+    )
     # A search for fewer neighbours may look less far.
-    assert after["knn"]["value"] == pytest.approx(found["perplexity"], rel=5e-3)
+    assert fixed["knn"]["value"] == pytest.approx(found["perplexity"], rel=5e-3)
     for options in (("--weight", "0.9"), ("--knn-temperature", "1000"), ("--k", "1")):
-        assert compared(capsys, store, whole, *options)["knn"]["value"] > after["knn"]["value"] * (1 - 5e-3)
+        assert compared(capsys, store, whole, *options)["knn"]["value"] > fixed["knn"]["value"] * (1 - 5e-3)
+
+
+def test_a_gate_is_used_where_the_profile_has_one(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, "calibrate", store, "--text", whole / "valid", "--k", "32")
+    profile = Profile.read(store)
+    assert profile is not None
+    assert (profile.gate is not None) == found["gate"]["has_gate"]
+    assert profile.measured["gate"] == found["gate"]
+    assert found["gate"]["fixed"]["change"] == 0
+    after = compared(capsys, store, whole)
+    assert after["settings"]["mixture_from"].startswith("calibrated profile")
+    assert ("adaptive weight" in after["settings"]["mixture_from"]) == found["gate"]["has_gate"]
+    best = min(form["perplexity"] for form in found["gate"]["forms"])
+    assert found["gate"]["has_gate"] == (best < found["gate"]["fixed"]["perplexity"] * 0.999), "a clear case"
+    # It was fitted to this text, so it is better than where the text was held out.
+    assert after["knn"]["value"] < best * 1.01
+
+
+def test_negative_text(store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = text_folder(tmp_path / "other", ["qzx " * 40, "0987 6543 " * 30])
+    line = ("calibrate", store, "--text", whole / "valid", "--negative-text", other, "--k", "16", "--dry-run")
+    found = said(capsys, *line)
+    assert [judged["name"] for judged in found["gate"]["negatives"]] == ["shuffled contexts", str(other)]
+    assert found["tokens"] == said(capsys, *line[:4], "--k", "16", "--dry-run")["tokens"], "the mixture is of the validation text alone"
+    assert knnlm(*line) == 0
+    shown = capsys.readouterr().out
+    for word in ("base LM", "best fixed weight", "distance buckets", "logistic function", "network", "shuffled contexts", "text of no use"):
+        assert word in shown
+
+
+def test_plot(store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    line = ("calibrate", store, "--text", whole / "valid", "--k", "4", "--dry-run", "--plot")
+    assert knnlm(*line, tmp_path / "surface.svg") == 0
+    assert "<svg" in (tmp_path / "surface.svg").read_text()
+    assert knnlm(*line, tmp_path / "nowhere" / "surface.png") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert knnlm(*line, tmp_path / "surface.txt") == 2
+    assert "must end in one of" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert knnlm(*line, tmp_path / "surface.png") == 2
+    assert "--plot needs matplotlib; install it with: pip install 'knnlm[report]'." in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_for_a_gate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("The old king sold seven apples near the river.")
+    assert said(capsys, "calibrate", store, "--text", tmp_path / "one.txt", "--k", "8")["gate"] is None
+    profile = Profile.read(store)
+    assert profile is not None
+    assert profile.gate is None
+    assert knnlm("calibrate", store, "--text", tmp_path / "one.txt", "--k", "8", "--dry-run") == 0
+    assert "too short to hold any of it out" in capsys.readouterr().out
 
 
 def test_twice_is_the_same_and_a_cache_spares_the_search(

@@ -6,19 +6,24 @@ import csv
 import gc
 import json
 import math
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from knnlm.datastore.profile import Profile
 from knnlm.evaluation.compare_stores import OpenComparison, compare_stores
 from knnlm.evaluation.comparison_files import CSV_COLUMNS
 from knnlm.evaluation.comparison_json import SCHEMA_VERSION
+from knnlm.gate import LM_FEATURES, Network, SkipRule
 from knnlm.mixture import Mixture
 from knnlm.model import HFLanguageModel
-from knnlm.opening import open_store
+from knnlm.opening import open_store, profile_facts
+from tests.gates import constant_gate
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
@@ -190,6 +195,21 @@ def test_csv_and_markdown_hold_the_same_figures_as_json(folder: Path, tmp_path: 
             assert line.count(" | ") >= 4
 
 
+def test_ids_reach_the_terminal_as_they_are_but_for_what_steers_it(
+    folder: Path, gpt2: HFLanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_corpus(1, seed=9)[0]
+    for name in ("corpus", "text"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text(json.dumps({"id": "[red]x[/red]\x1b[2J", "text": text}) + "\n")
+    (tmp_path / "text" / "b.txt").write_text(text)
+    build(tmp_path / "corpus", tmp_path / "store", gpt2, index="Flat")
+    assert knnlm("compare", tmp_path / "store", "--text", tmp_path / "text", "--no-baselines") == 0
+    out = capsys.readouterr().out
+    assert "left out because the text has the same: [red]x[/red]␛[2J\n" in out
+    assert "\x1b" not in out
+
+
 def test_figures_of_a_comparison_are_consistent(folder: Path) -> None:
     found = open_store(folder / "a").compare(folder / "text", mixture=Mixture(8, 20.0, 0.4), baselines=True)
     per_token, gain = found.per_token, found.per_token.gain.astype(np.float64)
@@ -215,6 +235,33 @@ def test_figures_of_a_comparison_are_consistent(folder: Path) -> None:
         assert baseline.perplexity.value == pytest.approx(math.exp(-baseline.log_probs.mean(dtype=np.float64)))
         assert baseline.change == pytest.approx(baseline.perplexity.value / found.base.value - 1)
         assert baseline.knn_change == pytest.approx(found.knn.value / baseline.perplexity.value - 1)
+
+
+def test_an_adaptive_weight_is_said_and_kept_where_documents_are_left_out(folder: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(folder / "a", tmp_path / "store"))
+    opened = open_store(store)
+    facts = profile_facts(opened.store, opened.model.dtype, opened.retriever.index)
+    best = opened.compare(folder / "text").per_token.lm_best_logprob
+    # Searched where the LM is surer than in half of the places.
+    picks = tuple(float(name == "lm_max_log_prob") for name in LM_FEATURES)
+    middle = float(np.median(best))
+    rule = SkipRule(Network(tuple(middle * pick for pick in picks), (1.0,) * len(picks), (((picks,), (0.0,)),)), 0.5)
+    for skip, words in ((None, "distance buckets"), (rule, "distance buckets, skipping searches")):
+        Profile(Mixture(8, 20.0, 0.4), "exact", "a test", facts, {}, replace(constant_gate(0.25), skip=skip)).write(store)
+        found = compare_stores([store], [folder / "text"], exclude=["story-0001.txt"]).stores[0]
+        comparison, per_token = found.comparison, found.comparison.per_token
+        assert (comparison.gated, found.setup.gate) == (True, words)
+        assert np.array_equal(per_token.searched, best >= np.float32(middle) if skip else np.full(len(best), True))
+        assert np.array_equal(per_token.weight, np.where(per_token.searched, np.float32(0.25), 0))
+        assert comparison.mean_weight == pytest.approx(per_token.weight.mean(dtype=np.float64))
+        assert comparison.skipped == pytest.approx(1 - per_token.searched.mean())
+        assert (per_token.neighbor_ids[~per_token.searched] == -1).all()
+        assert len(comparison.leakage.excluded) == 1
+        base = ~per_token.searched
+        assert np.array_equal(per_token.logprob[base], per_token.lm_logprob[base])
+        assert np.array_equal(per_token.best_logprob[base], per_token.lm_best_logprob[base])
+    fixed = compare_stores([store], [folder / "text"], opening={"weight": 0.4}).stores[0]
+    assert (fixed.comparison.gated, fixed.setup.gate, fixed.comparison.mean_weight) == (False, None, pytest.approx(0.4))
 
 
 def test_supporters_and_frequencies_are_those_of_the_store(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,12 @@ def test_it_goes_on_where_it_was_killed(
     written = neighbor_cache._write_part
     parts: list[Path] = []
 
-    def killed(path: Path, *arguments: Any) -> None:
+    def killed(path: Path, *arguments: Any) -> Iterator[int]:
         if len(parts) == 2:
             path.with_name(path.name + ".tmp").mkdir()
             raise KeyboardInterrupt
         parts.append(path)
-        written(path, *arguments)
+        yield from written(path, *arguments)
 
     monkeypatch.setattr(neighbor_cache, "_write_part", killed)
     with pytest.raises(KeyboardInterrupt):

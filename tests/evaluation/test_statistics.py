@@ -115,7 +115,9 @@ def test_what_cannot_be_known_spoils_only_its_own_group(bad: float) -> None:
     assert 1 <= part.low <= part.high <= 3
 
 
-def test_one_cluster_or_an_empty_group_has_no_interval() -> None:
+def test_tokens_of_one_cluster_or_no_tokens_have_no_interval() -> None:
+    alone = intervals_of_means(np.array([1.0, 2.0, 3.0]), made(np.array([0, 0, 1])), [np.array([True, True, False])])[1]
+    assert math.isnan(alone.low)
     assert math.isnan(intervals_of_means(np.array([1.0, 2.0]), made(np.zeros(2, np.int64)))[0].low)
     assert math.isnan(intervals_of_means(np.array([1.0, 2.0]), made(np.arange(2)), [np.zeros(2, bool)])[1].low)
 

@@ -136,8 +136,11 @@ def test_every_finish_reason_of_the_proto_is_known() -> None:
     assert {f"FINISH_REASON_{reason.name}" for reason in FinishReason} == set(pb.FinishReason.keys()) - {"FINISH_REASON_UNSPECIFIED"}
 
 
+GATED = replace(INFO.datastores[0], default_retrieval=replace(INFO.datastores[0].default_retrieval, adaptive=True))
+
+
 @pytest.mark.parametrize("seconds", [None, 60.0])
-@pytest.mark.parametrize("datastores", [INFO.datastores, ()])
+@pytest.mark.parametrize("datastores", [INFO.datastores, (GATED, *INFO.datastores[1:]), ()])
 def test_server_info_survives_the_wire(seconds: float | None, datastores: tuple[DatastoreInfo, ...]) -> None:
     info = replace(INFO, limits=replace(INFO.limits, max_seconds=seconds), datastores=datastores)
     wire = converters.server_info_message(info).SerializeToString()

@@ -151,6 +151,23 @@ def test_a_datastore_brings_its_own_defaults() -> None:
     assert read(request(retrieval=mix(other=None))).retrieval == RetrievalParams(0.5, 8, 20.0, (DatastoreChoice("other"),))
 
 
+def test_an_adaptive_weight_is_for_requests_that_leave_the_mixture_to_one_datastore() -> None:
+    adaptive = replace(DEFAULT_RETRIEVAL, adaptive=True)
+    main, *others = INFO.datastores
+    reader = RequestReader(ByteTokenizer(), replace(INFO, datastores=(replace(main, default_retrieval=adaptive), *others)))
+    assert read(request(), reader).retrieval == adaptive
+    assert read(request(retrieval=mix(main=2.0)), reader).retrieval == replace(adaptive, datastores=(DatastoreChoice("main", 2.0),))
+    score = pb.ScoreRequest(input=given_input("ab"))
+    assert read(score, reader).retrieval == adaptive
+    for setting in ({"k": 16}, {"knn_temperature": 10.0}, {"interpolation_weight": 0.25}):
+        assert read(request(retrieval=setting), reader).retrieval == DEFAULT_RETRIEVAL
+        assert not read(request(retrieval={"off": True}), reader).retrieval.searches
+    assert not read(request(retrieval=mix(main=1, other=1)), reader).retrieval.adaptive
+    assert not read(request(retrieval=mix(other=1)), reader).retrieval.adaptive
+    # A search is what is asked for.
+    assert read(pb.RetrieveRequest(context=given_input("a")), reader).retrieval == replace(DEFAULT_RETRIEVAL, weight=1.0)
+
+
 def test_a_mix_takes_the_defaults_of_the_first() -> None:
     found = read(request(retrieval=mix(other=2, main=None) | {"k": 5})).retrieval
     assert found == RetrievalParams(0.5, 5, 20.0, (DatastoreChoice("other", 2.0), DatastoreChoice("main", 1.0)))

@@ -428,7 +428,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocabulary_size: _Optional[int] = ..., datastores: _Optional[_Iterable[_Union[DatastoreInfo, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class DatastoreInfo(_message.Message):
-    __slots__ = ("name", "fingerprint", "entries", "documents", "index", "key_layer", "key_dimension", "distance", "default_retrieval", "defaults_source", "adaptive_weight")
+    __slots__ = ("name", "fingerprint", "entries", "documents", "index", "key_layer", "key_dimension", "distance", "default_retrieval", "defaults_source")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
@@ -439,7 +439,6 @@ class DatastoreInfo(_message.Message):
     DISTANCE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_RETRIEVAL_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_SOURCE_FIELD_NUMBER: _ClassVar[int]
-    ADAPTIVE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     entries: int
@@ -450,18 +449,19 @@ class DatastoreInfo(_message.Message):
     distance: str
     default_retrieval: DefaultRetrieval
     defaults_source: str
-    adaptive_weight: bool
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., index: _Optional[str] = ..., key_layer: _Optional[str] = ..., key_dimension: _Optional[int] = ..., distance: _Optional[str] = ..., default_retrieval: _Optional[_Union[DefaultRetrieval, _Mapping]] = ..., defaults_source: _Optional[str] = ..., adaptive_weight: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., entries: _Optional[int] = ..., documents: _Optional[int] = ..., index: _Optional[str] = ..., key_layer: _Optional[str] = ..., key_dimension: _Optional[int] = ..., distance: _Optional[str] = ..., default_retrieval: _Optional[_Union[DefaultRetrieval, _Mapping]] = ..., defaults_source: _Optional[str] = ...) -> None: ...
 
 class DefaultRetrieval(_message.Message):
-    __slots__ = ("interpolation_weight", "k", "knn_temperature")
+    __slots__ = ("interpolation_weight", "k", "knn_temperature", "adaptive_weight")
     INTERPOLATION_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     KNN_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     interpolation_weight: float
     k: int
     knn_temperature: float
-    def __init__(self, interpolation_weight: _Optional[float] = ..., k: _Optional[int] = ..., knn_temperature: _Optional[float] = ...) -> None: ...
+    adaptive_weight: bool
+    def __init__(self, interpolation_weight: _Optional[float] = ..., k: _Optional[int] = ..., knn_temperature: _Optional[float] = ..., adaptive_weight: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("context", "max_k", "max_alternatives", "max_neighbors", "max_concurrent", "max_waiting_requests", "max_waiting_tokens", "max_score_tokens", "max_stop_strings", "max_stop_string_characters", "max_text_bytes", "max_samples", "max_logit_biases", "max_bad_words", "max_datastores", "max_evidence_documents", "max_message_bytes", "max_seconds", "max_unread_events", "max_stop_token_ids")
