@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from knnlm.datastore.reader import Datastore
+from knnlm.datastore.reader import Datastore, Evidence
 from knnlm.distribution import log_weights
 from knnlm.evaluation.comparison import FloatArray, PerToken
 from knnlm.knn_lm import KNNLanguageModel
@@ -27,6 +27,8 @@ from knnlm.windows import Windowing, windows
 PASSAGE_TOKENS = 64
 SHOWN_NEIGHBORS = 4
 LEFT_CONTEXT = 12
+MOST_TOGETHER = 4
+INCOMPLETE = "\ufffd"
 LISTED_TOKENS = 12
 LISTED_CHANGE = 0.1
 IMPOSSIBLE = 30.0
@@ -53,8 +55,8 @@ class ShownNeighbor:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token of a passage: log-probabilities of base LM and mixture in nats, λ, and the heaviest ``neighbors`` (none where
-    there was no search)."""
+    """A token of a passage, or several that make one character together: log-probabilities of base LM and mixture in nats (their
+    sums), λ and the heaviest ``neighbors`` (none where there was no search), both of the one that changed most."""
 
     text: str
     lm_logprob: float
@@ -126,10 +128,13 @@ def show_passages(
         document = text[int(per_token.doc[rows[0]])]
         positions = per_token.position[rows]
         neighbors = _search(knn_lm, document, positions, store.manifest.windowing, mixture)
+        before = document.ids[max(0, positions[0] - MOST_TOGETHER + 1) : positions[0]].tolist()
         votes = log_weights(neighbors, mixture.temperature).exp()
         tokens = tuple(
-            _shown(knn_lm.tokenizer, store, per_token, int(row), neighbors.row(place), votes[place][neighbors.found[place]])
-            for place, row in enumerate(rows)
+            _shown(
+                knn_lm.tokenizer, store, per_token, rows[places], text_of_them, [(neighbors.row(place), votes[place]) for place in places]
+            )
+            for places, text_of_them in characters(knn_lm.tokenizer, per_token.token_id[rows].tolist(), before)
         )
         passages.append(Passage(document.document.id, int(positions[0]), float(clear_changes(per_token)[rows].sum()), tokens))
     return passages
@@ -145,34 +150,79 @@ def _search(knn_lm: KNNLanguageModel, document: TokenizedDocument, positions: Ro
     return knn_lm.retriever.retrieve(torch.cat(queries), mixture.k)
 
 
+def characters(tokenizer: TextTokenizer, ids: Sequence[int], before: Sequence[int]) -> list[tuple[list[int], str]]:
+    """Places of ``ids`` with their text, those together that make a character together: a byte-level tokenizer may cut one into
+    bytes, some of which may stand ``before``."""
+    found: list[tuple[list[int], str]] = []
+    start, places = list(before), list[int]()
+    for place in range(len(ids)):
+        places.append(place)
+        text = tokenizer.decode([*start, *(ids[each] for each in places)])
+        if not text.endswith(INCOMPLETE) or len(places) == MOST_TOGETHER or place == len(ids) - 1:
+            # What comes before may itself begin within a character.
+            whole = text.lstrip(INCOMPLETE)[len(tokenizer.decode(start).strip(INCOMPLETE)) :] or INCOMPLETE
+            found.append((places, tokenizer.token_text(ids[place]) if len(places) == 1 and not start else whole))
+            start, places = [], []
+    return found
+
+
 def _shown(
-    tokenizer: TextTokenizer, store: Datastore, per_token: PerToken, row: int, neighbors: Neighbors, votes: torch.Tensor
+    tokenizer: TextTokenizer,
+    store: Datastore,
+    per_token: PerToken,
+    rows: Rows,
+    shown: str,
+    searched: Sequence[tuple[Neighbors, torch.Tensor]],
 ) -> ShownToken:
-    """``neighbors`` [1, k] and their ``votes`` [k], of which only tokens that were searched for show any."""
-    token = int(per_token.token_id[row])
-    heaviest = votes.argsort(descending=True, stable=True)[:SHOWN_NEIGHBORS].tolist() if per_token.searched[row] else []
-    supporters = (neighbors.tokens[0] == token).nonzero()[:, 0].tolist()
-    if heaviest and supporters and supporters[0] not in heaviest:
-        # What the token itself was given by stands there, however light it is.
-        heaviest[-1] = supporters[0]
+    """The tokens ``rows`` as one, ``shown`` as text, with the neighbours (and their votes [k]) of the one that changed most."""
+    ids = per_token.token_id[rows].tolist()
+    most = int(np.abs(clear_changes(per_token)[rows]).argmax())
+    neighbors, votes = searched[most]
     return ShownToken(
-        tokenizer.token_text(token),
-        float(per_token.lm_logprob[row]),
-        float(per_token.logprob[row]),
-        float(per_token.weight[row]),
-        tuple(_neighbor(tokenizer, store, neighbors, place, float(votes[place]), token) for place in heaviest),
+        shown,
+        float(per_token.lm_logprob[rows].sum(dtype=np.float64)),
+        float(per_token.logprob[rows].sum(dtype=np.float64)),
+        float(per_token.weight[rows[most]]),
+        _neighbors(tokenizer, store, neighbors, votes, ids[most]) if per_token.searched[rows[most]] else (),
     )
+
+
+def _neighbors(
+    tokenizer: TextTokenizer, store: Datastore, neighbors: Neighbors, votes: torch.Tensor, token: int
+) -> tuple[ShownNeighbor, ...]:
+    """The heaviest of ``neighbors`` [1, found], and the nearest one that has ``token``, however light it is."""
+    heaviest = votes.argsort(descending=True, stable=True)[: min(SHOWN_NEIGHBORS, neighbors.ids.shape[1])].tolist()
+    supporters = (neighbors.tokens[0] == token).nonzero()[:, 0].tolist()
+    if supporters and supporters[0] not in heaviest:
+        heaviest[-1] = supporters[0]
+    return tuple(_neighbor(tokenizer, store, neighbors, place, float(votes[place]), token) for place in heaviest)
 
 
 def _neighbor(tokenizer: TextTokenizer, store: Datastore, neighbors: Neighbors, place: int, vote: float, token: int) -> ShownNeighbor:
     evidence = store.evidence(int(neighbors.ids[0, place]))
+    context, text = _in_context(tokenizer, store, evidence)
     return ShownNeighbor(
         entry=evidence.entry,
-        token=tokenizer.token_text(evidence.token_id),
+        token=text,
         weight=vote,
         distance=float(neighbors.distances[0, place]),
         document=evidence.document.id,
         line=evidence.line,
-        left_context=tokenizer.decode(evidence.left_context[-LEFT_CONTEXT:]),
+        left_context=context,
         same=evidence.token_id == token,
     )
+
+
+def _in_context(tokenizer: TextTokenizer, store: Datastore, evidence: Evidence) -> tuple[str, str]:
+    """Left context of an entry and its token; of a token that is a part of a character, the whole character."""
+    before = evidence.left_context[-LEFT_CONTEXT:]
+    context = tokenizer.decode(before).strip(INCOMPLETE)
+    position = store.documents.position_of_entry(evidence.entry)
+    last = evidence.document.token_start + evidence.document.tokens
+    following = store.tokens.slice(position, min(position + MOST_TOGETHER, last)).tolist()
+    text = tokenizer.token_text(evidence.token_id)
+    for count in range(1, len(following) + 1):
+        if not text.strip(INCOMPLETE):
+            # Bytes before the token may belong to the same character.
+            text = tokenizer.decode([*before, *following[:count]]).lstrip(INCOMPLETE)[len(context) :]
+    return context, text

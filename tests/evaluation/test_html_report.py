@@ -157,9 +157,11 @@ def test_hostile_text_is_shown_and_nothing_unseen(html: str, page: Page) -> None
 def test_passages_are_the_text(found: OpenComparison, page: Page) -> None:
     tokenizer, per_token = found.opened.knn_lm.tokenizer, found.compared.comparison.per_token
     assert len(page.passages) > 4
-    whole = ["".join(visible(tokenizer.token_text(int(token))) for token in per_token.token_id[per_token.doc == doc]) for doc in range(3)]
+    assert set(per_token.doc.tolist()) == {0, 1, 2}
+    whole = [visible(tokenizer.decode(document.ids.tolist())) for document in found.text]
     for passage in page.passages:
-        assert any(passage in text for text in whole)
+        # The fixed grid may cut a character of several tokens.
+        assert any(passage.strip("\ufffd") in text for text in whole)
 
 
 def test_the_json_inside_is_that_of_the_comparison(compared: ComparedStores, page: Page) -> None:

@@ -18,11 +18,12 @@ from knnlm.evaluation.compare_stores import OpenComparison, compare_opened
 from knnlm.evaluation.comparison import PerToken
 from knnlm.evaluation.exclusion import Exclusion
 from knnlm.evaluation.html_report import passages_of
-from knnlm.evaluation.passages import IMPOSSIBLE, SHOWN_NEIGHBORS, Passage, ShownToken, most_changed, most_telling
+from knnlm.evaluation.passages import IMPOSSIBLE, SHOWN_NEIGHBORS, Passage, ShownToken, characters, most_changed, most_telling
 from knnlm.evaluation.scoring import score
 from knnlm.evaluation.text_view import STEPS, show_passages_text, style_of
 from knnlm.model import HFLanguageModel
 from knnlm.opening import open_store
+from knnlm.tokenization import TextTokenizer
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import tiny_corpus
 
@@ -156,3 +157,21 @@ def test_the_command_shows_passages_under_the_tables(found: OpenComparison, caps
     assert out.index("perplexity") < out.index("from token") < out.index("λ ")
     assert knnlm(*line, "--json") == 2
     assert "--show-text prints passages for people" in capsys.readouterr().err
+
+
+def test_bytes_of_a_character_are_shown_as_the_character(gpt2: HFLanguageModel) -> None:
+    """Wherever a passage begins and ends, its text is that of its tokens; a character that is whole is shown whole."""
+    tokenizer = open_tokenizer(gpt2)
+    ids = tokenizer.encode("a 農夫 b🙂")
+    for first in range(1, len(ids)):
+        found = characters(tokenizer, ids[first:], ids[max(0, first - 3) : first])
+        assert [place for places, _ in found for place in places] == list(range(len(ids) - first))
+        shown = "".join(text for _, text in found)
+        assert "a 農夫 b🙂".endswith(shown)
+        assert "\ufffd" not in shown
+    (cut,) = (text for places, text in characters(tokenizer, ids[:-1], [])[-1:])
+    assert set(cut) == {"\ufffd"}
+
+
+def open_tokenizer(model: HFLanguageModel) -> TextTokenizer:
+    return model.tokenizer("no", False)
