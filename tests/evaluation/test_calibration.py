@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from knnlm.datastore.profile import PROFILE, Profile
+from knnlm.evaluation import gate_fit
 from knnlm.model import HFLanguageModel
 from tests.stores import build, knnlm, text_folder
 from tests.tiny import tiny_corpus
@@ -28,6 +29,12 @@ def whole(gpt2: HFLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole / "store", tmp_path / "store"))
+
+
+@pytest.fixture(autouse=True)
+def _few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny text is learned by heart in a few."""
+    monkeypatch.setattr(gate_fit, "EPOCHS", 8)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
