@@ -28,7 +28,7 @@ from knnlm.datastore.manifest import MANIFEST, RECEIPT, Manifest
 from knnlm.datastore.profile import PROFILE, Profile
 from knnlm.datastore.reader import Datastore
 from knnlm.errors import InvalidInput, StoreDamaged, StoreError, StoreMismatch, StoreNotFound, StoreVersion
-from knnlm.model_card import model_card
+from knnlm.model_card import model_card, public_name
 
 CONFIG, CARD, DATASTORE, MODEL = "config.json", "README.md", "datastore", "model"
 REPORTS = {".json": "report.json", ".html": "report.html"}
@@ -125,7 +125,7 @@ def _read_config(root: Path) -> dict[str, Any]:
 def _config(manifest: Manifest, *, with_model: bool) -> dict[str, Any]:
     model = manifest.model
     facts = {
-        "name": model.name,
+        "name": public_name(model.name),
         "revision": model.revision,
         "included": with_model,
         "fingerprint": vars(model.fingerprint),

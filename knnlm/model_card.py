@@ -60,6 +60,11 @@ def _is_path(name: str) -> bool:
     return Path(name).is_absolute()
 
 
+def public_name(model: str) -> str:
+    """The model's name on a hub; of a path, which says nothing elsewhere, the last folder alone."""
+    return Path(model).name if _is_path(model) else model
+
+
 def _facts(manifest: Manifest, profile: Profile | None, size: int, *, with_model: bool) -> dict[str, str]:
     model, key, text, counts, windowing = manifest.model, manifest.key, manifest.text, manifest.counts, manifest.windowing
     revision = "" if model.revision is None else f" (revision {model.revision})"
@@ -71,7 +76,7 @@ def _facts(manifest: Manifest, profile: Profile | None, size: int, *, with_model
         mixture = f"k={chosen.k}, kNN temperature={chosen.temperature:g}, weight={chosen.weight:g}{adaptive}; calibrated"
     specials = [name for name, added in (("BOS", text.bos_id), ("EOS", text.eos_id)) if added is not None]
     return {
-        "base model": f"{Path(model.name).name if _is_path(model.name) else model.name}{revision}, {place}",
+        "base model": f"{public_name(model.name)}{revision}, {place}",
         "weights (fingerprint)": f"`{model.fingerprint.weights}`",
         "documents": f"{counts.documents:,}",
         "tokens": f"{counts.tokens:,}",

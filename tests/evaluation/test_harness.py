@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from functools import partialmethod
@@ -21,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from knnlm.corpus import Document
+from knnlm.datastore.profile import Profile
 from knnlm.errors import InvalidInput
 from knnlm.evaluation.compare import compare
 from knnlm.harness import KNNLM
@@ -29,6 +32,7 @@ from knnlm.model import HFLanguageModel
 from knnlm.opening import OpenedKNNLM, open_store
 from knnlm.sampling import SamplingParams
 from knnlm.tokenized import TokenizedDocument, tokenize
+from tests.gates import tiny_gate
 from tests.stores import build, environment, text_folder
 from tests.tiny import CONTEXT, tiny_corpus
 
@@ -214,6 +218,21 @@ def test_sampling_is_ours(opened: OpenedKNNLM, lm: KNNLM) -> None:
         lm.generate_until(instances("generate_until", ("A sailor", {"max_gen_toks": 64})), disable_tqdm=True)
 
 
+def test_the_adaptive_weight_of_a_profile_applies(store: Path, opened: OpenedKNNLM, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    Profile(opened.knn_lm.mixture, "exact", "valid.txt", gate=tiny_gate(3)).write(tmp_path / "store")
+    gated = open_store(tmp_path / "store")
+    ids = opened.knn_lm.tokenizer.encode("The miller painted the broken clock")
+    pair = (None, ids[:4], ids[4:])
+    ((found, _),) = KNNLM(gated)._loglikelihood_tokens([pair], disable_tqdm=True)
+    assert found == pytest.approx(slow(gated, ids[:4], ids[4:])[0], abs=1e-4)
+    ((fixed, _),) = KNNLM(opened)._loglikelihood_tokens([pair], disable_tqdm=True)
+    assert abs(found - fixed) > 1e-3
+    (total,) = KNNLM(gated, windows="knnlm").loglikelihood_rolling(instances("loglikelihood_rolling", (HELD[0],)), disable_tqdm=True)
+    per_token = compare(gated.knn_lm, gated.store, documents(gated)[:1]).per_token
+    assert total == pytest.approx(float(per_token.logprob.sum(dtype=np.float64)), abs=1e-4)
+
+
 def test_bos_stands_once(opened: OpenedKNNLM, lm: KNNLM) -> None:
     bos = opened.knn_lm.tokenizer.bos_id
     plain = opened.knn_lm.tokenizer.encode_plain("A sailor")
@@ -222,6 +241,27 @@ def test_bos_stands_once(opened: OpenedKNNLM, lm: KNNLM) -> None:
     assert lm.tok_encode("A sailor", add_special_tokens=False) == plain
     if bos is not None:
         assert lm.tok_encode("<|endoftext|>A sailor") == expected
+
+
+def test_conversations_are_written_by_the_models_own_template(lm: KNNLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    said = [{"role": "user", "content": "A sailor?"}]
+    assert lm.apply_chat_template(said) == "[user] A sailor?\n[assistant]"
+    assert lm.chat_template(True) == template
+    assert "/" not in lm.tokenizer_name
+    assert lm.opened.model.fingerprint.tokenizer in lm.tokenizer_name
+
+
+def test_a_tokenizer_without_eos_is_refused(opened: OpenedKNNLM) -> None:
+    lm = KNNLM(opened)
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    assert lm.prefix_token_id == lm.tokenizer.bos_token_id
+    lm.tokenizer.bos_token = None
+    assert lm.prefix_token_id == lm.tokenizer.eos_token_id
+    lm.tokenizer.eos_token = None
+    with pytest.raises(InvalidInput, match="tokenizer: has no EOS token, which the harness needs"):
+        _ = lm.prefix_token_id
 
 
 def test_the_registered_name_takes_the_options_of_open_store(store: Path, tmp_path: Path) -> None:

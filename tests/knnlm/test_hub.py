@@ -109,6 +109,7 @@ def test_the_card_says_facts_and_no_licence(built: Path, tmp_path: Path) -> None
     assert "license" not in head
     assert "base_model" not in head, "a path of this machine is the name of no model elsewhere"
     assert str(built) not in card
+    assert str(built) not in (tmp_path / "out" / "config.json").read_text()
     for fact in (
         "base model | base, not included", f"documents | {counts.documents:,} |", f"entries | {counts.entries:,} |",
         "k=4, kNN temperature=3, weight=0.5; calibrated", "32 tokens, stride 16", "stored as float16", "(report.html)", 'model="PATH"',
