@@ -115,13 +115,16 @@ class _Scored:
 def _scored(opened: OpenedKNNLM, held: Sequence[TokenizedDocument]) -> _Scored:
     """Every token is searched; where the gate's rule skips, λ is 0 afterwards, which is the same."""
     gate = opened.searchable.gate
-    if gate is None:
-        raise InvalidInput("pair", f"names {opened.store.path}, whose profile has no gate; run knnlm calibrate on it first.")
-    whole = StoreGate(replace(gate, skip=None), opened.store)
+    if opened.store.profile is None:
+        raise InvalidInput("pair", f"names {opened.store.path}, which has no profile; run knnlm calibrate on it first.")
+    # Where calibration found no gate worth having, what is served is the fixed λ.
+    whole = None if gate is None else StoreGate(replace(gate, skip=None), opened.store)
     knn_lm = KNNLanguageModel(opened.model, opened.knn_lm.tokenizer, opened.retriever, opened.knn_lm.mixture, whole)
     columns = np.empty((5, sum(len(document.ids) - 1 for document in held)))
     for batch in score(knn_lm, (document.ids for document in held), opened.store.manifest.windowing):
-        skipped = gate.skips(lm_features(LMSummary.of(batch.read.log_probs)))
+        skipped = torch.zeros(len(batch.rows), dtype=torch.bool)
+        if gate is not None:
+            skipped = gate.skips(lm_features(LMSummary.of(batch.read.log_probs)))
         gated = torch.where(skipped, batch.lm_log_probs, batch.log_probs)
         knn = torch.where(batch.neighbors.found.any(1), batch.knn_log_probs, torch.nan)
         parts = (batch.lm_log_probs, knn, gated, torch.where(skipped, 0.0, batch.weight), skipped)
