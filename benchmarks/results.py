@@ -126,12 +126,12 @@ def page(found: list[dict[str, Any]]) -> str:
 
 INTRODUCTION = f"""# Results
 
-Made by one command, `python -m benchmarks.results --data DATA --work FOLDER`, from `DATA/CORPUS/{{train,valid,test}}.txt` and two small
-models that were trained on WikiText-2 (5 M parameters, context 256). It runs `knnlm build` on the first 2 MB of each training part,
-`knnlm calibrate` on validation text (with beginnings of the two other corpora as negatives, k up to {MOST_NEIGHBORS}), and
-`knnlm compare` on test text that nothing has seen. Every number is a mean over all tokens of the test text; intervals are 95 %, of the paired block bootstrap
-over documents. What each figure means: [comparing.md](comparing.md). Two of the corpora are far from what the models know, so
-their base perplexities are high; between the tokenizer's few tokens and a good model's many, only bits per byte compare.
+Made by one command, `python -m benchmarks.results --data DATA --work FOLDER`, from `DATA/CORPUS/{{train,valid,test}}.txt` and two
+small models that were trained on WikiText-2 (5 M parameters, context 256). It runs `knnlm build` on the first 2 MB of each training
+part, `knnlm calibrate` on validation text (with beginnings of the two other corpora as negatives, k up to {MOST_NEIGHBORS}), and
+`knnlm compare` on test text that nothing has seen. Every number is a mean over all tokens of the test text; intervals are 95 %, of
+the paired block bootstrap over documents. What each figure means: [comparing.md](comparing.md). Two of the corpora are far from
+what the models know, so their base perplexities are high. Perplexities of one row compare; between corpora nothing does.
 
 ## A datastore of the same kind of text
 
@@ -140,9 +140,35 @@ Cost: share of the time that search and mixing take beside the forward pass, and
 """
 NO_REGRET = """## No regret
 
-The same calibrated datastores on three texts: of their own kind; of a kind that is among the negatives that the gate was fitted with; and
-Shakespeare, which no gate has seen. `fixed λ` is the best fixed mixture of the validation text. 10,000 tokens of each text; a gate does no
-harm where its interval against the base LM holds 0 or lies below."""
+The same calibrated datastores on three texts: of their own kind; of a kind that is among the negatives that the gate was fitted
+with; and Shakespeare, which no gate has seen. `fixed λ` is the best fixed mixture of the validation text. 10,000 tokens of each text;
+a gate does no harm where its interval against the base LM holds 0 or lies below."""
+RESULT_COLUMNS = [
+    "corpus",
+    "model",
+    "tokens",
+    "base LM",
+    "LM + 4-gram",
+    "LM + cache",
+    "kNN-LM",
+    "change",
+    "bits/byte",
+    "not searched",
+    "search + mixing",
+    "bytes/token",
+]
+PAIR_COLUMNS = [
+    "datastore",
+    "model",
+    "text",
+    "base LM",
+    "fixed λ",
+    "gate",
+    "fixed against base",
+    "gate against fixed",
+    "gate against base",
+    "not searched",
+]
 SETTINGS = """## What calibration chose
 
 On validation text; the gate is judged on held-out documents of it."""
@@ -153,20 +179,6 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _results(found: list[dict[str, Any]]) -> str:
-    columns = [
-        "corpus",
-        "model",
-        "tokens",
-        "base LM",
-        "LM + 4-gram",
-        "LM + cache",
-        "kNN-LM",
-        "change",
-        "bits/byte",
-        "not searched",
-        "search + mixing",
-        "bytes/token",
-    ]
     rows = []
     for one in found:
         compared = one["compared"]
@@ -178,22 +190,10 @@ def _results(found: list[dict[str, Any]]) -> str:
             f"{base['bits_per_byte']:.3f} → {knn['bits_per_byte']:.3f}", f"{compared['skipped']:.0%}",
             f"{1 - cost['forward']:.0%}", f"{cost['bytes_per_token']:.0f}",
         ])  # fmt: skip
-    return _table(columns, rows)
+    return _table(RESULT_COLUMNS, rows)
 
 
 def _pairs(found: list[dict[str, Any]]) -> str:
-    columns = [
-        "datastore",
-        "model",
-        "text",
-        "base LM",
-        "fixed λ",
-        "gate",
-        "fixed against base",
-        "gate against fixed",
-        "gate against base",
-        "not searched",
-    ]
     rows = []
     for one in found:
         for pair in one["pairs"]:
@@ -201,7 +201,7 @@ def _pairs(found: list[dict[str, Any]]) -> str:
             changes = [_change(*pair[name]) for name in ("fixed_against_base", "against_fixed", "against_base")]
             text = Path(pair["text"]).stem.removesuffix("-test")
             rows.append([one["corpus"], one["model"], text, *perplexities, *changes, f"{pair['skipped']:.0%}"])
-    return _table(columns, rows)
+    return _table(PAIR_COLUMNS, rows)
 
 
 def _settings(found: list[dict[str, Any]]) -> str:
@@ -211,7 +211,8 @@ def _settings(found: list[dict[str, Any]]) -> str:
         chosen, settings = one["calibrated"], one["compared"]["settings"]
         rows.append([
             one["corpus"], one["model"], f"{settings['entries']:,}", settings["index"],
-            f"{chosen['k']}", f"{chosen['knn_temperature']:.3g}", f"{chosen['weight']:.3f}", f"{chosen['tokens']:,}", settings["gate"] or "none",
+            f"{chosen['k']}", f"{chosen['knn_temperature']:.3g}", f"{chosen['weight']:.3f}",
+            f"{chosen['tokens']:,}", settings["gate"] or "none",
         ])  # fmt: skip
     return _table(columns, rows)
 

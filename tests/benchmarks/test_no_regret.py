@@ -28,9 +28,12 @@ def test_figures_are_those_of_compare(
 ) -> None:
     store, text = tmp_path / "store", text_folder(tmp_path / "text", tiny_corpus(2, seed=5))
     build(text_folder(tmp_path / "corpus", tiny_corpus(3)), store, gpt2, index="Flat", keys="float32", max_length=16)
-    Profile(Mixture(4, 5.0, 0.3), "exact", "by hand").write(store)
-    with pytest.raises(InvalidInput, match="has no gate; run knnlm calibrate"):
+    with pytest.raises(InvalidInput, match="has no profile; run knnlm calibrate"):
         no_regret.measure(str(store), str(text), None, 1000)
+    Profile(Mixture(4, 5.0, 0.3), "exact", "by hand").write(store)
+    without = no_regret.measure(str(store), str(text), None, 1000)
+    assert without.gated == pytest.approx(without.fixed, rel=1e-6)
+    assert without.skipped == 0.0
     width = len(FEATURES)
     outgoing = tuple(0.5 if name == "followed" else 0.0 for name in FEATURES)
     form = Network((0.0,) * width, (1.0,) * width, (((outgoing,), (-1.0,)),))
