@@ -56,6 +56,7 @@ def _parse() -> tuple[list[str], Options]:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, of which medians are taken (default 7)")
     parser.add_argument("--entries", type=int, help="indexing, building: use that many at most; opening: make up that many")
     parser.add_argument("--kills", type=int, default=12, help="resuming: how often the build is killed (default 12)")
+    parser.add_argument("--stream-interval", type=float, help="serving: seconds between messages of a stream (default: the server's)")
     parser.add_argument("--seed", type=int, default=0, help="resuming: of the moments")
     found = parser.parse_args()
     if unknown := sorted({*found.names} - {*BENCHMARKS}):
@@ -63,7 +64,16 @@ def _parse() -> tuple[list[str], Options]:
     if (found.corpus is None) != (found.held_out is None):
         parser.error("--corpus and --held-out belong together: text of one kind says nothing about text of another.")
     return found.names or list(BENCHMARKS), Options(
-        found.model, found.corpus, found.held_out, found.split_documents, found.store, found.rounds, found.entries, found.kills, found.seed
+        found.model,
+        found.corpus,
+        found.held_out,
+        found.split_documents,
+        found.store,
+        found.rounds,
+        found.entries,
+        found.kills,
+        found.seed,
+        found.stream_interval,
     )
 
 

@@ -75,7 +75,10 @@ def run(session: Session) -> None:
     say(f"model {model.name}: {sum(p.numel() for p in model._model.parameters()):,} parameters, context {model.context}, {model.dtype}")
     say(f"datastore: {len(opened.store):,} entries, {opened.searchable.retriever.index.description}; {session.options.rounds} rounds")
     text = [token for document in session.inputs.held_out(20_000) for token in document.ids.tolist()]
-    with asyncio.Runner() as runner, serving(opened.store.path, "--max-concurrent", str(MOST_STREAMS)) as server:
+    interval = session.options.stream_interval
+    options = [] if interval is None else ["--stream-interval", str(interval)]
+    say(f"seconds between messages of a stream, at least: {'as the server has it by default' if interval is None else interval}")
+    with asyncio.Runner() as runner, serving(opened.store.path, "--max-concurrent", str(MOST_STREAMS), *options) as server:
         streams = Streams(server.address)
         bench = Bench(session, server, runner.run(streams.__aenter__()), runner, text)
         _against_generate(bench)

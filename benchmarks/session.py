@@ -18,7 +18,8 @@ from knnlm_index_builder.settings import BuildSettings
 class Options:
     """What the command line says; None stands for the benchmark's own default.
 
-    ``entries``: how many of a store's to use at most, or to make up; ``kills`` of a build, at moments drawn with ``seed``.
+    ``entries``: how many of a store's to use at most, or to make up; ``kills`` of a build, at moments drawn with ``seed``;
+    ``stream_interval`` of a server, in seconds.
     """
 
     model: str | None
@@ -30,6 +31,7 @@ class Options:
     entries: int | None
     kills: int
     seed: int
+    stream_interval: float | None = None
 
 
 class Session:
