@@ -12,6 +12,8 @@ import numpy as np
 from knnlm.evaluation.gate_data import GateData
 from knnlm.evaluation.gate_fit import (
     HIDDEN,
+    NEGATIVE_SHARES,
+    Fitted,
     Lesson,
     best_floor,
     buckets_held_out,
@@ -25,6 +27,7 @@ from knnlm.evaluation.statistics import Clusters, standard_error
 from knnlm.gate import Gate
 
 SHUFFLED = "shuffled contexts"
+NO_REGRET = 0.005
 
 Array = np.ndarray[Any, Any]
 
@@ -48,12 +51,14 @@ class GateChoice:
 
     ``base`` and ``fixed`` (the best λ of the other documents), and ``forms``: on the validation text; changes are from
     ``fixed``. ``negatives``: the chosen gate on text that the datastore is of no use for; changes are from the base LM.
+    ``negative_share``: how much of what counted they were, the smallest of some shares at which none of them is harmed.
     ``gate`` None: no form beats the fixed λ, ``chosen`` is the best of them all the same. ``zeros``: share of validation tokens
     with λ 0. ``skip``: the point of the rule that the gate has (None: it has none), ``skip_curve`` what others would give.
     """
 
     gate: Gate | None
     chosen: str
+    negative_share: float
     base: Judged
     fixed: Judged
     forms: tuple[Judged, ...]
@@ -74,30 +79,78 @@ def choose_gate(useful: GateData, shuffled: GateData | None, negatives: Mapping[
 
     None where the text is too short to hold any of it out: one document of at most 1,024 tokens.
     """
-    taught = lesson(useful, shuffled, list(negatives.values()))
-    if taught.folds < 2:
-        return None
-    fixed = fixed_held_out(taught)
+    names = ([] if shuffled is None else [SHUFFLED]) + list(negatives)
     start = best_weight(useful.lm, useful.knn)[0]
+    candidates: list[_Candidate] = []
+    for share in NEGATIVE_SHARES if names else (0.0,):
+        taught = lesson(useful, shuffled, list(negatives.values()), share)
+        if taught.folds < 2:
+            return None
+        candidates.append(_candidate(taught, share, start, names))
+        if candidates[-1].harmless:
+            break
+    beating = [one for one in candidates if one.beats]
+    # More weight of the negatives makes it safer, and what it gains smaller.
+    best = next((one for one in beating if one.harmless), None) or min(beating or candidates, key=lambda one: one.regret)
+    skip = fit_skip_rule(best.taught, best.weights)
+    nothing = np.zeros_like(best.fixed)
+    return GateChoice(
+        gate=Gate(best.fitted.form, best.floor, skip.rule) if best.beats else None,
+        chosen=best.fitted.name,
+        negative_share=best.share,
+        base=_judge(best.taught, "base LM", "", nothing, best.fixed, 0),
+        fixed=_judge(best.taught, "best fixed weight", f"{start:.3f}", best.fixed, best.fixed, 0),
+        forms=best.forms,
+        negatives=best.negatives,
+        zeros=float((best.weights[best.taught.useful] == 0).mean()),
+        skip=skip.chosen if skip.rule is not None else None,
+        skip_curve=skip.curve,
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The best form where negatives count for ``share`` of the whole: with its ``floor``, the λ ``weights`` [n] that it gave held-out
+    tokens, those of the ``fixed`` mixture [n], whether it ``beats`` that, and what all ``forms`` and the ``negatives`` were judged."""
+
+    taught: Lesson
+    share: float
+    fitted: Fitted
+    floor: float
+    weights: Array
+    fixed: Array
+    beats: bool
+    forms: tuple[Judged, ...]
+    negatives: tuple[Judged, ...]
+
+    @property
+    def harmless(self) -> bool:
+        """Whether no kind of negative text is above the base LM beyond noise: by less than 0.5 %, or a standard error."""
+        return all(one.change <= max(NO_REGRET, one.change_standard_error) for one in self.negatives)
+
+    @property
+    def regret(self) -> float:
+        """The largest change from the base LM on negative text."""
+        return max((one.change for one in self.negatives), default=0.0)
+
+
+def _candidate(taught: Lesson, share: float, start: float, names: Sequence[str]) -> _Candidate:
+    fixed = fixed_held_out(taught)
     fitted = [buckets_held_out(taught), *(network_held_out(taught, name, start) for name in HIDDEN)]
     best = min(fitted, key=lambda one: taught.loss(one.held_out))
     floor = best_floor(taught, best.held_out)
     weights = np.where(best.held_out < floor, 0.0, best.held_out)
-    judged = [_judge(taught, one.name, one.detail, one.held_out, fixed, 0) for one in fitted]
     won = _judge(taught, best.name, best.detail, weights, fixed, 0)
-    beats = won.change < -won.change_standard_error
-    skip = fit_skip_rule(taught, weights)
-    names = ([] if shuffled is None else [SHUFFLED]) + list(negatives)
-    return GateChoice(
-        gate=Gate(best.form, floor, skip.rule) if beats else None,
-        chosen=best.name,
-        base=_judge(taught, "base LM", "", np.zeros_like(fixed), fixed, 0),
-        fixed=_judge(taught, "best fixed weight", f"{start:.3f}", fixed, fixed, 0),
-        forms=tuple(judged),
+    return _Candidate(
+        taught,
+        share,
+        best,
+        floor,
+        weights,
+        fixed,
+        beats=won.change < -won.change_standard_error,
+        forms=tuple(_judge(taught, one.name, one.detail, one.held_out, fixed, 0) for one in fitted),
         negatives=tuple(_judge(taught, name, "", weights, np.zeros_like(fixed), number) for number, name in enumerate(names, 1)),
-        zeros=float((weights[taught.useful] == 0).mean()),
-        skip=skip.chosen if skip.rule is not None else None,
-        skip_curve=skip.curve,
     )
 
 

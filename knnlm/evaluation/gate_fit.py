@@ -24,7 +24,7 @@ BUCKETS = (2, 4, 8, 16, 32, 64)
 FEWEST_IN_BUCKET = 50
 EPOCHS = 24
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic function": (), "network": (24,)}
-NEGATIVE_SHARE = 0.2
+NEGATIVE_SHARES = (0.2, 0.5, 0.8, 0.95)
 FLOORS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 EQUALLY_GOOD = 1e-5
 
@@ -74,14 +74,17 @@ class Fitted:
     detail: str
 
 
-def lesson(useful: GateData, shuffled: GateData | None, negatives: Sequence[GateData]) -> Lesson:
-    """Validation text, its shuffled contexts and other text: 20 % of what counts is negative, each kind as much as any other.
+def lesson(
+    useful: GateData, shuffled: GateData | None, negatives: Sequence[GateData], negative_share: float = NEGATIVE_SHARES[0]
+) -> Lesson:
+    """Validation text, its shuffled contexts and other text: ``negative_share`` of what counts is negative, each kind as much as
+    any other.
 
     ``shuffled`` has the documents of ``useful``, and theirs is their fold.
     """
     useless = [part for part in (shuffled, *negatives) if part is not None]
     parts = [useful, *useless]
-    share = NEGATIVE_SHARE if useless else 0.0
+    share = negative_share if useless else 0.0
     shares = [1 - share, *(share / len(useless) for _ in useless)]
     lengths = [len(part) for part in parts]
     importance = np.repeat([sum(lengths) * part_share / length for part_share, length in zip(shares, lengths, strict=True)], lengths)

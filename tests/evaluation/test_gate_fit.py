@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knnlm.evaluation import gate_fit
+from knnlm.evaluation import gate_choice, gate_fit
 from knnlm.evaluation.gate_choice import choose_gate
 from knnlm.evaluation.gate_data import GateData
 from knnlm.evaluation.gate_fit import (
-    NEGATIVE_SHARE,
+    NEGATIVE_SHARES,
     best_floor,
     buckets_held_out,
     fit_buckets,
@@ -151,7 +151,7 @@ def test_shares_of_what_is_negative() -> None:
     useful, shuffled, other = tokens(400), tokens(100, helpful=0.0), tokens(900, 3, helpful=0.0)
     taught = lesson(useful, shuffled, [other])
     shares = [taught.importance[taught.part == part].sum() / len(taught.data) for part in range(3)]
-    np.testing.assert_allclose(shares, [1 - NEGATIVE_SHARE, NEGATIVE_SHARE / 2, NEGATIVE_SHARE / 2])
+    np.testing.assert_allclose(shares, [1 - NEGATIVE_SHARES[0], NEGATIVE_SHARES[0] / 2, NEGATIVE_SHARES[0] / 2])
     assert taught.importance.mean() == pytest.approx(1)
     # Shuffled contexts of a document are judged with the document; another text's documents are others.
     of_useful = dict(zip(useful.document, taught.fold[taught.part == 0], strict=True))
@@ -230,6 +230,29 @@ def test_the_choice_is_deterministic_and_goes_through_json() -> None:
     for found in (choice, alone):
         # Tuples become lists; nothing else may change, and no NaN, which is no JSON.
         assert json.loads(json.dumps(found.measured(), allow_nan=False))["chosen"] == found.chosen
+
+
+def test_negatives_count_for_more_where_they_would_be_harmed() -> None:
+    """Tokens that gain so much where neighbours know them that the negatives' small loss hardly matters to the mean."""
+    data, useless = tokens(800, 1, helpful=0.7, missing=0.0), tokens(800, 2, helpful=0.0, missing=0.0)
+    data = replace(data, lm=data.lm - 6.0)
+    # A hint whether they do, which is right more often than not.
+    for part in (data, useless):
+        hint = np.where(part.knn > -np.inf, 1.2, -1.2)
+        part.features[:, 3] = torch.from_numpy(np.random.default_rng(5).normal(hint, 1.0))
+    choice = choose_gate(data, None, {"other": useless})
+    assert choice is not None
+    assert choice.gate is not None
+    assert choice.negative_share > NEGATIVE_SHARES[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_choice, "NEGATIVE_SHARES", NEGATIVE_SHARES[:1])
+        least = choose_gate(data, None, {"other": useless})
+    assert least is not None
+    assert choice.negatives[0].change < least.negatives[0].change
+    # Where the neighbours do no harm, the smallest share is enough.
+    easy = choose_gate(data, None, {"other": tokens(800, 3, helpful=1.0, missing=0.0)})
+    assert easy is not None
+    assert easy.negative_share == NEGATIVE_SHARES[0]
 
 
 def test_one_short_document_can_not_be_held_out() -> None:
