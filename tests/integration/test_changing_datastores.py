@@ -114,7 +114,7 @@ class Stream:
 
     async def _read(self) -> None:
         async for response in self._call:
-            self.arrived.append((time.monotonic(), [n for token in response.tokens for n in token.neighbors]))
+            self.arrived += [(time.monotonic(), list(token.neighbors)) for token in response.tokens]
 
     async def more(self, count: int, after: float = 0.0) -> list[list[Any]]:
         """The neighbours of the next ``count`` tokens that arrive later than ``after``."""
