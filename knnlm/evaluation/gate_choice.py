@@ -72,10 +72,11 @@ class GateChoice:
 def choose_gate(useful: GateData, shuffled: GateData | None, negatives: Mapping[str, GateData]) -> GateChoice | None:
     """The gate for tokens of a validation text, ``shuffled`` contexts of it, and other texts by name.
 
-    None where the text is too short to hold any of it out: one document of at most 1,024 tokens.
+    None where the text is too short to hold any of it out: one document of at most 1,024 tokens, or so little more that all
+    of it falls into one fold beside the other texts.
     """
     taught = lesson(useful, shuffled, list(negatives.values()))
-    if taught.folds < 2:
+    if len(np.unique(taught.fold[taught.useful])) < 2:
         return None
     fixed = fixed_held_out(taught)
     start = best_weight(useful.lm, useful.knn)[0]
