@@ -71,8 +71,6 @@ class RequestGate:
             raise QueueFull(f"{running} requests are running or waiting, and the server takes no more; try again soon.")
         if own >= most:
             raise QueueFull(f"{own} requests of {tenant!r} are running or waiting, the limit for one caller is {most}; try again soon.")
-        if not self._tenants:
-            self._ends.clear()  # the time in which nobody asked says nothing of the pace
         self._tenants[tenant] += 1
         self._idle.clear()
         try:

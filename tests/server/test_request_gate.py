@@ -91,25 +91,6 @@ def test_one_comes_again_when_half_has_ended_at_the_pace_of_the_last(running: in
     assert gate.retry_seconds == pytest.approx(expected, rel=1e-6)
 
 
-def test_time_in_which_nobody_asked_is_not_slowness() -> None:
-    clock = Clock()
-    gate = RequestGate("closed", 10, clock)
-    gate.open()
-    for _ in range(3):
-        with gate.request(""):
-            clock.now += 1.0
-            gate.note_end()
-    clock.now += 3600.0
-    with ExitStack() as running:
-        for _ in range(10):
-            running.enter_context(gate.request(""))
-        assert gate.retry_seconds == RETRY_SECONDS
-        for _ in range(2):
-            clock.now += 0.5
-            gate.note_end()
-        assert gate.retry_seconds == pytest.approx(10 / 2 * 0.25)
-
-
 def test_a_server_that_has_answered_nothing_for_long_asks_for_more_patience() -> None:
     clock = Clock()
     gate = gate_of(8, clock)
