@@ -37,6 +37,8 @@ FEATURES = (
 ROWS_AT_ONCE = 16
 LEAST_LOG_PROB = -30.0
 LEAST_DISTANCE = 1e-6
+MOST_WEIGHT = 0.999999
+"""Of a network, whose sigmoid is 1 where features lie far beyond those it was fitted to: no token of the LM's becomes impossible."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class Gate:
     def weights(self, features: Tensor) -> Tensor:
         """λ [n] float64 for ``features`` [n, 13]."""
         weights = self.form(features)
+        if isinstance(self.form, Network):
+            weights = weights.clamp(max=MOST_WEIGHT)
         return torch.where(weights < self.floor, 0.0, weights)
 
     def skips(self, features: Tensor) -> Tensor:

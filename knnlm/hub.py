@@ -54,7 +54,7 @@ def export_store(store: str | Path, folder: str | Path, *, with_model: bool = Fa
     something, :class:`StoreError` for a datastore whose files still hold removed text, :class:`StoreDamaged` for a file
     that is not what the manifest says.
     """
-    source, target = Path(store), Path(folder)
+    source, target = Path(store), Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidInput("to", f"is {target}, which is there already; give a new folder.")
     names = _report_names(reports)
@@ -66,10 +66,10 @@ def export_store(store: str | Path, folder: str | Path, *, with_model: bool = Fa
             f"be handed on; take it out first with: knnlm compact {source}"
         )
     try:
-        with made_aside(target.resolve()) as aside:
+        with made_aside(target) as aside:
             _fill(aside, opened, with_model=with_model, reports=dict(zip(names, reports, strict=True)))
     except BaseException:
-        shutil.rmtree(target.resolve().with_name(target.name + ".tmp"), ignore_errors=True)
+        shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
         raise
 
 
@@ -100,7 +100,10 @@ def read_hub_folder(folder: str | Path) -> HubFolder:
             f"{root / DATASTORE} is another datastore ({found[:12]}) than {root / CONFIG} speaks of "
             f"({str(said.get('datastore_fingerprint'))[:12]}); get the whole folder again, or export it again after a change."
         )
-    included = bool(said.get("base_model", {}).get("included"))
+    base = said.get("base_model")
+    if not isinstance(base, dict):
+        raise StoreDamaged(f"{root / CONFIG} is damaged: it does not say which base model the datastore belongs to.")
+    included = bool(base.get("included"))
     if included and not (root / MODEL).is_dir():
         raise StoreDamaged(f"{root / MODEL} is missing, but {root / CONFIG} says that the base model is included; get the folder again.")
     return HubFolder(root / DATASTORE, root / MODEL if included else None, [root / n for n in REPORTS.values() if (root / n).is_file()])

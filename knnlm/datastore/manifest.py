@@ -5,13 +5,14 @@ Knows the format's names and versions, not what lies in the shards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from knnlm.datastore.files import FileFacts, checksum, read_json_with_checksum, write_json_with_checksum
 from knnlm.datastore.parsing import parse, parse_value
-from knnlm.errors import StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
+from knnlm.errors import StoreDamaged, StoreIncomplete, StoreMismatch, StoreNotFound, StoreVersion
 from knnlm.model import KeyLayer, LanguageModel, ModelFingerprint
 from knnlm.windows import Windowing
 
@@ -178,7 +179,21 @@ class Manifest:
         required = parse_value(list[str], content.get("requires", []), f"{path}: requires")
         if unknown := sorted(set(required) - KNOWN_FEATURES):
             raise StoreVersion(f"{path} requires {', '.join(unknown)}, which this knnlm does not know; use a newer version.")
-        return parse(cls, _from_version_1(content, path) if version == 1 else content, str(path))
+        found = parse(cls, _from_version_1(content, path) if version == 1 else content, str(path))
+        for name in found._paths():
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not PurePath(name).parts:
+                raise StoreDamaged(f"{path} is damaged: it names {name!r}, which is no place in the datastore.")
+        return found
+
+    def _paths(self) -> Iterator[str]:
+        """Every place that it names, relative to the datastore: what is read, and what is copied elsewhere."""
+        yield from self.files
+        yield from (shard.name for shard in self.shards)
+        yield from (*self.documents, self.index)
+        if self.search is not None:
+            yield self.search
+        if self.removed is not None:
+            yield self.removed.file
 
     def require_model(self, model: LanguageModel) -> None:
         """Raise :class:`StoreMismatch` if ``model`` is not the one that made the keys, naming both sides."""

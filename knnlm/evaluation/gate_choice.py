@@ -77,14 +77,15 @@ class GateChoice:
 def choose_gate(useful: GateData, shuffled: GateData | None, negatives: Mapping[str, GateData]) -> GateChoice | None:
     """The gate for tokens of a validation text, ``shuffled`` contexts of it, and other texts by name.
 
-    None where the text is too short to hold any of it out: one document of at most 1,024 tokens.
+    None where the text is too short to hold any of it out: one document of at most 1,024 tokens, or so little more that all
+    of it falls into one fold beside the other texts.
     """
     names = ([] if shuffled is None else [SHUFFLED]) + list(negatives)
     start = best_weight(useful.lm, useful.knn)[0]
     candidates: list[_Candidate] = []
     for share in NEGATIVE_SHARES if names else (0.0,):
         taught = lesson(useful, shuffled, list(negatives.values()), share)
-        if taught.folds < 2:
+        if len(np.unique(taught.fold[taught.useful])) < 2:
             return None
         candidates.append(_candidate(taught, share, start, names))
         if candidates[-1].harmless:

@@ -16,7 +16,7 @@ import torch
 from knnlm.evaluation.gate_data import GateData
 from knnlm.evaluation.gate_network import Examples, fit_epochs, log_gain
 from knnlm.evaluation.mixture_fit import best_weight
-from knnlm.gate import FEATURES, DistanceBuckets, Network
+from knnlm.gate import FEATURES, DistanceBuckets, Gate, Network
 
 FOLDS = 4
 SEED = 0
@@ -149,7 +149,7 @@ def network_held_out(taught: Lesson, name: str, start: float) -> Fitted:
     for fit, judge in taught.splits():
         features = data.features[torch.from_numpy(judge)]
         for epoch, network in enumerate(fit_epochs(taught.examples(fit), hidden, start, epochs=EPOCHS)):
-            weights[epoch, judge] = network(features).numpy()
+            weights[epoch, judge] = Gate(network).weights(features).numpy()
     best = int(np.argmin([taught.loss(of_epoch) for of_epoch in weights]))
     form = fit_epochs(taught.examples(np.ones(len(data), bool)), hidden, start, epochs=best + 1)[-1]
     return Fitted(name, form, weights[best], f"{best + 1} epochs")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -61,13 +61,16 @@ class _Lane:
                     " try again later."
                 )
             self._bytes += size
-        future = self._threads.submit(function)
-        future.add_done_callback(lambda _: self._done(size))
+        # A cancelled future waits for its turn like any other; what it was to read must not wait with it.
+        held = [function]
+        future = self._threads.submit(lambda: held.pop()())
+        future.add_done_callback(lambda _: self._done(size, held))
         return future
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _done(self, size: int) -> None:
+    def _done(self, size: int, held: list[Callable[[], Any]]) -> None:
+        held.clear()
         with self._lock:
             self._bytes -= size

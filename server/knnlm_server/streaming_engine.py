@@ -152,7 +152,7 @@ class StreamingEngine(ABC):
                 not_before = listener.loop.time() + interval
                 if arrived:
                     yield arrived
-                if failure is not None:
+                if failure is not None and running:  # what comes after the last finish is not this request's any more
                     raise failure
         finally:
             self._leave(request.request_id)

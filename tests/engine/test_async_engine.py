@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import pytest
@@ -19,17 +20,38 @@ from knnlm_server.engine_parts import EngineParts
 from knnlm_server.errors import EngineFailed, QueueFull, ShuttingDown
 from knnlm_server.sequence import (
     FinishEvent,
+    FinishReason,
     GenerationRequest,
+    Limits,
     RetrievalParams,
     ScoreRequest,
     ServerInfo,
     TokenEvent,
 )
+from knnlm_server.streaming_engine import StreamingEngine
 from knnlm_server.telemetry import StepReport, Unobserved
 from tests.engine.harness import LM_ALONE, CountingIndex, Parts, RecordingEngine, complete, make_engine, random_prompt, request
 
 MIXED = RetrievalParams(0.5, 8, 10.0)
 PATIENCE = 30.0
+
+
+class Unmoved(StreamingEngine):
+    """No engine at all: what it hands out is what a test tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open = True
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(context=64, max_concurrent=1)
+
+    def _submit(self, request_id: str, command: methodcaller) -> None:
+        pass
+
+    def _forget(self, request_id: str) -> None:
+        pass
 
 
 def info(parts: Parts, **limits: int) -> ServerInfo:
@@ -382,3 +404,22 @@ def test_an_event_loop_that_closed_harms_nobody_else(gpt2: Parts, start: Start) 
     loop.close()
     assert run(engine.generate(some_requests(1)[0])) == expected
     run(stream.aclose())
+
+
+def test_who_has_ended_is_not_ended_again() -> None:
+    """The engine stops while a request's finish is on its way: it has its answer, and no error."""
+    finish = FinishEvent(FinishReason.LENGTH, "", 1, 1)
+
+    async def life() -> list[object]:
+        engine = Unmoved()
+        reading = asyncio.ensure_future(_all_of(engine, request("done", [1])))
+        await asyncio.sleep(0)
+        engine._tell([("done", finish)])
+        engine._end_all(ShuttingDown("The server is being stopped."))
+        return await reading
+
+    assert run(life()) == [finish]
+
+
+async def _all_of(engine: StreamingEngine, asked: GenerationRequest) -> list[object]:
+    return [event async for event in engine.generate(asked)]

@@ -160,3 +160,10 @@ def test_text_without_tokens_is_refused(store: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "empty.txt").write_text("a")
     assert knnlm("calibrate", store, "--text", tmp_path / "empty.txt") == 1
     assert "no document has at least two tokens" in capsys.readouterr().err
+
+
+def test_text_that_is_in_the_datastore_is_named(whole: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, warned in (("corpus", True), ("valid", False)):
+        capsys.readouterr()
+        assert knnlm("calibrate", store, "--text", whole / text, "--k", "4", "--dry-run") == 0
+        assert ("give text that is not in it" in capsys.readouterr().err) == warned

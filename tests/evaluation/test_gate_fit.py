@@ -255,8 +255,20 @@ def test_negatives_count_for_more_where_they_would_be_harmed() -> None:
     assert easy.negative_share == NEGATIVE_SHARES[0]
 
 
+def test_a_context_nearer_than_any_that_was_fitted_makes_no_token_impossible() -> None:
+    data = tokens(2000)
+    form = fit_epochs(lesson(data, None, []).examples(np.ones(len(data), bool)), (), 0.3, epochs=8)[-1]
+    beyond = data.features.clone()
+    beyond[:, NEAREST] = -100.0
+    weights = Gate(form).weights(beyond).numpy()
+    assert float(form(beyond).max()) == 1.0
+    assert weights.max() < 1.0
+    assert np.isfinite(data.log_probs(weights)).all()
+
+
 def test_one_short_document_can_not_be_held_out() -> None:
     assert choose_gate(tokens(200, documents=1), None, {}) is None
+    assert choose_gate(tokens(200, documents=1), None, {"other": tokens(200, seed=1, helpful=0.0)}) is None
 
 
 @given(seed=st.integers(0, 100))

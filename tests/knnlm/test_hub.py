@@ -129,6 +129,19 @@ def test_a_folder_that_holds_something_is_left_alone(built: Path, tmp_path: Path
     assert read_hub_folder(tmp_path / "empty").model is None
 
 
+def test_what_fails_takes_nothing_else_with_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export into the folder where one stands is made beside it, and so is what a failure leaves."""
+    next((place / "store").rglob("values.npy")).write_bytes(b"")
+    for name in ("work", ".tmp"):
+        (place / name).mkdir()
+    (place / ".tmp" / "kept").write_text("mine")
+    monkeypatch.chdir(place / "work")
+    with pytest.raises(StoreDamaged):
+        export_store(place / "store", "")
+    assert sorted(path.name for path in place.iterdir()) == [".tmp", "store", "work"]
+    assert (place / ".tmp" / "kept").is_file()
+
+
 def test_removed_text_does_not_leave(place: Path) -> None:
     remove_documents(place / "store", [Datastore.open(place / "store").documents[0].id])
     with pytest.raises(StoreError, match=r"the text of 1 removed document still lies in its files.*knnlm compact"):
@@ -180,6 +193,10 @@ def test_folders_that_do_not_fit_are_refused(built: Path, tmp_path: Path) -> Non
     saying(knnlm={**config["knnlm"], "layout": 2})
     with pytest.raises(StoreVersion, match="has layout 2, but this knnlm reads layout 1"):
         read_hub_folder(out)
+    for base_model in (None, [], "gpt2"):
+        saying(knnlm={**config["knnlm"], "base_model": base_model})
+        with pytest.raises(StoreDamaged, match="does not say which base model"):
+            read_hub_folder(out)
     (out / "config.json").write_text("[")
     with pytest.raises(StoreDamaged, match=r"config\.json is damaged"):
         read_hub_folder(out)

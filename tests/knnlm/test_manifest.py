@@ -74,6 +74,26 @@ def rewrite(store: Path, change: Any) -> None:
     write_json_with_checksum(store / MANIFEST, content)
 
 
+@pytest.mark.parametrize("name", ["../out", "shards/../../out", "/tmp/out", ""])
+@pytest.mark.parametrize("field", ["files", "shards", "documents", "index", "search", "removed"])
+def test_places_outside_of_the_datastore_are_refused(store: Path, field: str, name: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        if field == "files":
+            content["files"][name] = content["files"].pop("documents/00000.arrow")
+        elif field == "shards":
+            content["shards"][1]["name"] = name
+        elif field == "documents":
+            content["documents"] = [name]
+        elif field == "removed":
+            content["removed"]["file"] = name
+        else:
+            content[field] = name
+
+    rewrite(store, change)
+    with pytest.raises(StoreDamaged, match="is no place in the datastore"):
+        Manifest.read(store)
+
+
 def test_round_trip(store: Path) -> None:
     assert Manifest.read(store) == manifest()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -72,6 +74,30 @@ def test_one_that_is_cancelled_before_its_turn_is_not_read_and_takes_no_room(lan
 
     asyncio.run(read())
     assert not read_anyway.is_set()
+
+
+def test_nothing_of_one_that_is_cancelled_before_its_turn_is_kept_until_then(lanes: ReadingLanes) -> None:
+    go_on = threading.Event()
+
+    async def give_up_waiting() -> weakref.ref[threading.Event]:
+        large = threading.Event()  # anything that can be seen to be gone
+        second = asyncio.create_task(lanes.read(LONG, large.set))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        return weakref.ref(large)
+
+    async def read() -> None:
+        first = asyncio.create_task(lanes.read(LONG, lambda: go_on.wait(WAIT_SECONDS)))
+        await asyncio.sleep(0)
+        kept = await give_up_waiting()
+        gc.collect()
+        still_there = kept() is not None
+        go_on.set()
+        await first
+        assert not still_there
+
+    asyncio.run(read())
 
 
 def test_a_message_is_read_in_the_context_of_its_call_and_errors_come_back(lanes: ReadingLanes) -> None:
