@@ -67,12 +67,13 @@ def calibrate(
     from knnlm.corpus import Corpus
     from knnlm.evaluation.calibration import calibrate as run
     from knnlm.evaluation.calibration import profile_of
-    from knnlm.evaluation.surface_plot import plot_surface, require_matplotlib
+    from knnlm.evaluation.plotting import check_plot_file
+    from knnlm.evaluation.surface_plot import plot_surface
     from knnlm.inputs.left_out import say_left_out
     from knnlm.opening import open_store
 
     if plot is not None:
-        require_matplotlib(plot)
+        check_plot_file(plot, "plot")
     quiet_transformers()
     # All three are given, so that a profile which does not fit any more is no obstacle to a new one.
     opened = open_store(
