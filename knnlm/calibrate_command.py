@@ -63,17 +63,17 @@ def calibrate(
     profile where nothing else is given. Test on other text: knnlm compare. More: docs/calibration.md.
     """
     import knnlm.evaluation.calibration_report as report
-    from knnlm.console import counted, messages, progress, quiet_transformers
+    from knnlm.console import progress, quiet_transformers
     from knnlm.corpus import Corpus
     from knnlm.evaluation.calibration import calibrate as run
     from knnlm.evaluation.calibration import profile_of
-    from knnlm.evaluation.exclusion import Exclusion
-    from knnlm.evaluation.surface_plot import plot_surface, require_matplotlib
+    from knnlm.evaluation.plotting import check_plot_file
+    from knnlm.evaluation.surface_plot import plot_surface
     from knnlm.inputs.left_out import say_left_out
     from knnlm.opening import open_store
 
     if plot is not None:
-        require_matplotlib(plot)
+        check_plot_file(plot, "plot")
     quiet_transformers()
     # All three are given, so that a profile which does not fit any more is no obstacle to a new one.
     opened = open_store(
@@ -93,7 +93,6 @@ def calibrate(
     corpora = [corpus_of(*text), *(corpus_of(name) for name in dict.fromkeys(negative_text or ()))]
     with progress() as reporter:
         held = [opened.read(corpus) for corpus in corpora]
-        copied = Exclusion.choose(opened.store, held[0], (), automatic=True).documents
         negatives = dict(zip(dict.fromkeys(negative_text or ()), held[1:], strict=True))
         found = run(opened, held[0], negatives, k=k, cache=cache, batch_tokens=batch_size, progress=reporter.update)
     if plot is not None:
@@ -102,10 +101,4 @@ def calibrate(
         profile_of(opened, found, ", ".join(text)).write(store)
     for corpus in corpora:
         say_left_out(corpus)
-    if copied:
-        messages.print(
-            f"{counted(len(copied), 'document')} of the datastore, such as {copied[0].id}, can be found in the text, token by token, so"
-            " what was calibrated is how well it is known by heart; give text that is not in it.",
-            soft_wrap=True,
-        )
     report.show(found, store, saved=not dry_run, as_json=json)

@@ -142,3 +142,5 @@ def _require_folders(**files: Path | None) -> None:
     for name, path in files.items():
         if path is not None and not path.parent.is_dir():
             raise InvalidInput(name, f"is {path}, but there is no folder {path.parent}.")
+        if path is not None and path.is_dir():
+            raise InvalidInput(name, f"is {path}, which is a folder; name a file.")

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.datastore.profile import Profile
+from knnlm.errors import CorpusError
+from knnlm.evaluation.comparison import Overlap
 from knnlm.evaluation.gate_choice import GateChoice, choose_gate
 from knnlm.evaluation.gate_data import gate_data
+from knnlm.evaluation.leakage import overlap_with
 from knnlm.evaluation.mixture_fit import Fit, fit_mixture
 from knnlm.evaluation.neighbor_cache import NeighborCache, fill_cache
 from knnlm.opening import OpenedKNNLM, profile_facts
@@ -30,11 +33,13 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Calibration:
     """What :func:`calibrate` found over ``tokens`` of a text; perplexities of base LM and best fixed mixture on that very text,
-    which the mixture was chosen for. ``choice``: the gate and what it was judged by (None: the text is too short for any)."""
+    which the mixture was chosen for. ``choice``: the gate and what it was judged by (None: the text is too short for any).
+    ``overlap``: what of the text stands in the datastore; much of it, and the mixture is made for text that is known by heart."""
 
     fit: Fit
     tokens: int
     documents: int
+    overlap: Overlap
     choice: GateChoice | None = None
 
     @property
@@ -53,6 +58,7 @@ class Calibration:
             "tokens": self.tokens,
             "base_perplexity": self.base_perplexity,
             "perplexity": self.perplexity,
+            "overlap": self.overlap.share,
             "gate": None if self.choice is None else self.choice.measured(),
             "surface": [[point.k, point.temperature, point.weight, point.loss] for point in self.fit.surface],
         }
@@ -74,6 +80,10 @@ def calibrate(
     again (None: deleted afterwards). ``progress`` is told the stage, and how many of its tokens are read. Raises
     :class:`CorpusError` and :class:`StoreMismatch` as :func:`~knnlm.evaluation.neighbor_cache.fill_cache`.
     """
+    for name, held in {"": documents, **(negatives or {})}.items():
+        if all(len(document.ids) < 2 for document in held):
+            where = f" in {name}" if name else ""
+            raise CorpusError(f"There is nothing to score{where}: no document has at least two tokens.")
     neighbors = k if k is not None else max(1, min(MOST_NEIGHBORS, opened.store.manifest.live_entries))
 
     def filled(folder: Path, stage: str, held: Sequence[TokenizedDocument], shuffled: bool = False) -> NeighborCache:
@@ -100,7 +110,7 @@ def calibrate(
         setting = (fit.mixture.k, fit.mixture.temperature)
         others_data = {name: gate_data(other, *setting) for name, other in others.items()}
         choice = choose_gate(gate_data(whole, *setting), gate_data(shuffled, *setting), others_data)
-        return Calibration(fit, whole.tokens, len(documents), choice)
+        return Calibration(fit, whole.tokens, len(documents), overlap_with(opened.store, documents), choice)
 
 
 def _first_share(documents: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:

@@ -17,6 +17,11 @@ from knnlm.evaluation.mixture_fit import Point
 def show(calibration: Calibration, store: Path, *, saved: bool, as_json: bool) -> None:
     """Print what was found, and where it was saved."""
     mixture = calibration.fit.mixture
+    if calibration.overlap.is_much:
+        console.messages.print(
+            f"warning: {calibration.overlap.share:.0%} of the text's 13-token sequences stand in the datastore, so these settings fit "
+            "text that it knows by heart; calibrate on text that it does not hold"
+        )
     if as_json:
         content = {"k": mixture.k, "knn_temperature": mixture.temperature, "weight": mixture.weight, "documents": calibration.documents}
         facts = calibration.measured() | {"surface": [asdict(point) for point in calibration.fit.surface]}

@@ -180,6 +180,11 @@ class Overlap:
         """``found`` of ``sequences``."""
         return self.found / self.sequences if self.sequences else 0.0
 
+    @property
+    def is_much(self) -> bool:
+        """Whether what was measured says little about new text: above a tenth stands in the datastore."""
+        return self.share > MUCH_OVERLAP
+
 
 @dataclass(frozen=True)
 class DocumentOverlap:

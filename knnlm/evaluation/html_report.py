@@ -133,7 +133,7 @@ def _summary_rows(store: ComparedStore) -> list[list[str]]:
 
 
 def _changed(value: float, interval: Any) -> tuple[str, str]:
-    return f"{value:+.2%}", f"{interval.low:+.2%} {interval.high:+.2%}"
+    return f"{value:+z.2%}", f"{interval.low:+z.2%} {interval.high:+z.2%}"
 
 
 def _store(part: ReportedStore, number: int) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _leakage(comparison: Comparison) -> dict[str, Any]:
             for overlap in leakage.overlaps
         ],
         "apart": [group_row(group) for group in (leakage.contaminated, leakage.clean) if group is not None],
-        "documents": [[d.id, d.source, f"{d.sequences:,}", f"{d.found:,}", f"{d.share:.0%}"] for d in leakage.documents],
+        "documents": [[d.id, d.source, f"{d.sequences:,}", f"{d.found:,}", f"{d.share:.1%}"] for d in leakage.documents],
         "overlapping": f"{leakage.overlapping:,}",
         "excluded": [
             [d.id, d.source, f"{d.entries:,}", "asked for" if d.test_document is None else f"same tokens as {d.test_document}"]

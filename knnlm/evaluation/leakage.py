@@ -47,6 +47,14 @@ def audit(store: Datastore, text: Sequence[TokenizedDocument], exclusion: Exclus
     )
 
 
+def overlap_with(store: Datastore, text: Sequence[TokenizedDocument]) -> Overlap:
+    """How many of the text's 13-token sequences searches can find in ``store``."""
+    layout = Layout(store.documents.token_starts, store.documents.token_counts)
+    ranges = Exclusion.choose(store, (), (), automatic=False).token_ranges(store)
+    matches = find_sequences([document.ids for document in text], store.tokens, layout, ranges, AUDITED)
+    return Overlap(AUDITED, matches.sequences, int(matches.found.sum()))
+
+
 def _scored(ids: Sequence[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> BoolArray:
     """Which tokens of the text, documents one after another, are scored: all but the first of each."""
     scored = np.ones(sum(map(len, ids)), bool)

@@ -110,7 +110,7 @@ def what_changed(comparison: Comparison) -> list[str]:
 
 def change(value: float, interval: Interval) -> str:
     """A relative change with its interval: ``-29.6% [-31.0%, -28.1%]``."""
-    return f"{value:+.1%} " + ("[no interval]" if np.isnan(interval.low) else f"[{interval.low:+.1%}, {interval.high:+.1%}]")
+    return f"{value:+z.1%} " + ("[no interval]" if np.isnan(interval.low) else f"[{interval.low:+z.1%}, {interval.high:+z.1%}]")
 
 
 GROUP_COLUMNS = ["tokens", "base LM", "kNN-LM", "change", "95 %", "better"]
@@ -133,8 +133,8 @@ def grouped(comparison: Comparison) -> list[tuple[str, Sequence[Group]]]:
 
 def group_row(group: Group, *, indent: str = "") -> list[str]:
     """Name and figures of one group."""
-    interval = "" if np.isnan(group.interval.low) else f"{group.interval.low:+.1%} {group.interval.high:+.1%}"
-    figures = [f"{group.tokens:,}", f"{group.base:.2f}", f"{group.knn:.2f}", f"{group.change:+.1%}", interval]
+    interval = "" if np.isnan(group.interval.low) else f"{group.interval.low:+z.1%} {group.interval.high:+z.1%}"
+    figures = [f"{group.tokens:,}", f"{group.base:.2f}", f"{group.knn:.2f}", f"{group.change:+z.1%}", interval]
     return [indent + group.name, *figures, f"{group.better:.1%}"]
 
 

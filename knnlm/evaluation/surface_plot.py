@@ -5,21 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from knnlm.errors import InvalidInput
 from knnlm.evaluation.mixture_fit import Fit
-
-
-def require_matplotlib(path: Path) -> None:
-    """Raise :class:`InvalidInput` if ``path`` can't be plotted to, before any work."""
-    if not path.parent.is_dir():
-        raise InvalidInput("plot", f"is {path}, but there is no folder {path.parent}.")
-    try:
-        import matplotlib.backend_bases as backends
-    except ImportError as error:
-        raise InvalidInput("plot", "needs matplotlib; install it with: pip install 'knnlm[report]'.") from error
-    kinds = backends.FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise InvalidInput("plot", f"is {path}, but must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}.")
 
 
 def plot_surface(fit: Fit, path: Path) -> None:

@@ -76,7 +76,7 @@ def _show_evidence(evidence: CompletionEvidence, console: Console) -> None:
         console.print(f"less than {_LEAST_TOKENS:g} tokens each from {few} more, which --json lists", highlight=False)
     run = evidence.verbatim
     if run is not None:
-        place = _place(run.source or run.document_id, run.line)
+        place = _place(run.document_id or run.source, run.line)
         console.print(
             Text(f"longest verbatim run: {run.tokens} tokens from {run.datastore} {place}: {_harmless(run.text)!r}"), soft_wrap=True
         )
@@ -145,7 +145,7 @@ def _neighbor_cells(neighbor: NeighborEvidence, context_width: int) -> tuple[str
     return (
         _percent(neighbor.weight),
         f"{neighbor.distance:.2f}",
-        Text(_place(neighbor.source or neighbor.document_id, neighbor.line)),
+        Text(_place(neighbor.document_id or neighbor.source, neighbor.line)),
         Text(_harmless(" ".join(neighbor.left_context.split())[-context_width:])),
         Text(repr(neighbor.text)),
     )

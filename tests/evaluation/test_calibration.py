@@ -101,10 +101,10 @@ def test_plot(store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert knnlm(*line, tmp_path / "nowhere" / "surface.png") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert knnlm(*line, tmp_path / "surface.txt") == 2
-    assert "must end in one of" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
-    assert knnlm(*line, tmp_path / "surface.png") == 2
-    assert "--plot needs matplotlib; install it with: pip install 'knnlm[report]'." in capsys.readouterr().err
+    assert "must end in .svg, .png, .pdf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert knnlm(*line, tmp_path / "surface.png") == 1
+    assert "knnlm[report]" in capsys.readouterr().err
 
 
 def test_a_text_that_is_too_short_for_a_gate(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +162,21 @@ def test_text_without_tokens_is_refused(store: Path, tmp_path: Path, capsys: pyt
     assert "no document has at least two tokens" in capsys.readouterr().err
 
 
-def test_text_that_is_in_the_datastore_is_named(whole: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, warned in (("corpus", True), ("valid", False)):
-        capsys.readouterr()
-        assert knnlm("calibrate", store, "--text", whole / text, "--k", "4", "--dry-run") == 0
-        assert ("give text that is not in it" in capsys.readouterr().err) == warned
+def test_negative_text_without_tokens_is_refused_before_any_search(
+    store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.txt").write_text("a")
+    monkeypatch.setattr(HFLanguageModel, "forward", None)
+    assert knnlm("calibrate", store, "--text", whole / "valid", "--negative-text", tmp_path / "empty.txt") == 1
+    assert f"There is nothing to score in {tmp_path / 'empty.txt'}" in capsys.readouterr().err
+
+
+def test_text_that_the_datastore_holds_is_warned_of(store: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert knnlm("calibrate", store, "--text", whole / "corpus", "--k", "4", "--dry-run", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["overlap"] == 1
+    assert "100% of the text's 13-token sequences stand in the datastore" in shown.err
+    other = store.parent / "other.txt"
+    other.write_text(" ".join(f"{number} red boats" for number in range(60)))
+    assert knnlm("calibrate", store, "--text", other, "--k", "4", "--dry-run") == 0
+    assert "stand in the datastore" not in capsys.readouterr().err

@@ -301,6 +301,7 @@ def test_the_table_says_what_was_used(opened: OpenedKNNLM, held_folder: Path, ca
         (["--device", "gpu0"], 2, "--device is 'gpu0'"),
         (["--split-documents", "("], 2, "--split-documents"),
         (["--per-token", "/nowhere/at/all.npz"], 2, "there is no folder /nowhere/at"),
+        (["--report", "."], 2, "--report is ., which is a folder; name a file"),
         (["--text", "/nowhere/at/all"], 1, "There is no file or folder /nowhere/at/all"),
     ],
 )

@@ -197,7 +197,7 @@ def test_figures_shown_are_those_of_the_json(page: Page) -> None:
             document["source"],
             f"{document['sequences']:,}",
             f"{document['found']:,}",
-            f"{document['share']:.0%}",
+            f"{document['share']:.1%}",
         ] in rows
     for name, value in store["settings"].items():
         assert [name.replace("_", " "), "none" if value is None else str(value)] in rows

@@ -109,7 +109,7 @@ def test_neighbors_are_shown_with_their_place(invoke: Invoke) -> None:
     found = invoke("hi", "--neighbors", "1")
     assert found.stdout.startswith("a\tb!\n")
     row = next(line for line in found.stdout.splitlines() if line.strip().startswith("'a'"))
-    assert row.split() == ["'a'", "0.607", "80%", "75%", "1.50", "docs/a.txt:3", "before", "it", "'b'"]
+    assert row.split() == ["'a'", "0.607", "80%", "75%", "1.50", "d1:3", "before", "it", "'b'"]
 
 
 def test_evidence_names_documents_and_the_verbatim_run(invoke: Invoke) -> None:
@@ -118,7 +118,7 @@ def test_evidence_names_documents_and_the_verbatim_run(invoke: Invoke) -> None:
     assert (text, changed) == ("a\tb!", "retrieval changed 50% of the tokens; searched for 2")
     assert head.split() == ["tokens", "datastore", "document", "source"]
     assert (first.split(), second.split()) == (["1.25", "main", "d1", "docs/a.txt"], ["0.50", "other", "d2"])
-    assert run == "longest verbatim run: 2 tokens from main docs/a.txt:3: 'ab'"
+    assert run == "longest verbatim run: 2 tokens from main d1:3: 'ab'"
 
 
 def test_samples_are_shown_under_their_numbers(invoke: Invoke) -> None:
@@ -138,7 +138,7 @@ def test_retrieve_shows_places(capsys: pytest.CaptureFixture[str], start_server:
     assert found.exit_code == 0, found.stderr
     head, *rows = found.stdout.splitlines()
     assert head.split() == ["weight", "distance", "where", "left", "context", "voted", "for"]
-    assert [row.split() for row in rows] == [["75%", "1.50", "docs/a.txt:3", "before", "it", "'b'"]] * 2
+    assert [row.split() for row in rows] == [["75%", "1.50", "d1:3", "before", "it", "'b'"]] * 2
     assert (engine.retrieved[0].retrieval.k, engine.retrieved[0].retrieval.datastores) == (3, (DatastoreChoice("other"),))
     value = json.loads(command(capsys, "retrieve", "hi", "--target", target, "--json").stdout)
     assert value["token_ids"] == [104, 105]
@@ -282,7 +282,7 @@ def test_the_table_shows_the_place_and_the_end_of_the_left_context_at_any_width(
     out = io.StringIO()
     Console(file=out, width=width).print(display.neighbor_table([token], width))
     row = out.getvalue().splitlines()[1]
-    assert "docs/a.txt:3" in row
+    assert "d1:3" in row
     assert "word end 'b'" in row
 
 
