@@ -11,8 +11,8 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 from benchmarks import padded_batch
@@ -43,13 +43,15 @@ class Bench:
     streams: Streams
     runner: asyncio.Runner
     text: list[int]
+    sources: Iterator[int] = field(default_factory=itertools.count)
 
     def prompts(self, lengths: tuple[int, int], count: int) -> Callable[[], Prompts]:
-        """A source of prompts, another draw at each call; two sources of the same arguments draw the same."""
-        turns = itertools.count()
+        """A source of prompts, another draw at each call: as long as those of any source of the same arguments, and of other text,
+        so that a server has seen no beginning of them for whoever it was measured with before."""
+        source, turns = next(self.sources), itertools.count()
 
         def draw() -> Prompts:
-            chance = random.Random(f"{lengths} {count} {next(turns)}")
+            chance = random.Random(f"{source} {next(turns)}")
             sizes = [round(lengths[0] + (lengths[1] - lengths[0]) * n / max(1, count - 1)) for n in range(count)]
             return [self.text[start : start + size] for size in sizes for start in [chance.randrange(len(self.text) - size)]]
 
